@@ -1,0 +1,1 @@
+"""Transactional outbox relay for PostgreSQL and Centrifugo."""
