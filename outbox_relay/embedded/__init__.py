@@ -1,1 +1,1 @@
-"""Real servers for the demo, the tests and local development: PostgreSQL and Centrifugo without installing either."""
+"""Real PostgreSQL and Centrifugo servers for the demo, the tests and development, nothing to install."""
