@@ -1,0 +1,319 @@
+"""The schema's versions, as DDL that never changes once released, and the ways to apply them.
+
+Own tree: `outbox-relay migrate` runs the bundled Alembic tree (`runner`). In an application's tree: call
+`upgrade(op, to=1)` from a revision of your own, or let autogenerate write that call (`autogenerate`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TextIO
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.autogenerate import rewriter
+from alembic.autogenerate.api import AutogenContext
+from alembic.autogenerate.render import renderers
+from alembic.config import Config
+from alembic.operations import Operations, ops
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy.dialects import postgresql
+
+VERSION_TABLE: Final = "outbox_relay_version"
+LOCK_TIMEOUT: Final = "2s"
+LOCK_RETRIES: Final = 30
+
+
+class MigrationError(Exception):
+    """The schema was not changed; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Version:
+    up: str
+    down: str
+
+
+_V1_UP = """
+CREATE TYPE {schema}.outbox_kind AS ENUM ('change', 'snapshot', 'tombstone');
+
+CREATE TYPE {schema}.outbox_state AS ENUM
+    ('pending', 'parked', 'delivered', 'superseded', 'expired', 'dead', 'discarded');
+
+CREATE DOMAIN {schema}.outbox_aggregate_type AS text
+    CONSTRAINT aggregate_type_has_1_to_255_characters CHECK (char_length(VALUE) BETWEEN 1 AND 255);
+
+CREATE DOMAIN {schema}.outbox_aggregate_id AS text
+    CONSTRAINT aggregate_id_has_1_to_255_characters CHECK (char_length(VALUE) BETWEEN 1 AND 255);
+
+CREATE DOMAIN {schema}.outbox_version AS bigint
+    CONSTRAINT version_is_1_to_2_to_the_53_minus_1 CHECK (VALUE BETWEEN 1 AND 9007199254740991);
+
+CREATE DOMAIN {schema}.outbox_channels AS text[]
+    CONSTRAINT channels_is_a_plain_list CHECK (array_ndims(VALUE) = 1 AND array_lower(VALUE, 1) = 1)
+    CONSTRAINT channels_are_1_to_32 CHECK (cardinality(VALUE) BETWEEN 1 AND 32)
+    CONSTRAINT no_channel_is_null CHECK (array_position(VALUE, NULL) IS NULL)
+    CONSTRAINT no_channel_is_empty CHECK (array_position(VALUE, '') IS NULL)
+    CONSTRAINT channels_have_at_most_255_bytes CHECK (GREATEST({channel_sizes}) <= 255);
+
+CREATE DOMAIN {schema}.outbox_payload AS json
+    CONSTRAINT payload_has_at_most_1_mib CHECK (octet_length(VALUE::text) <= 1048576);
+
+CREATE DOMAIN {schema}.outbox_tags AS jsonb
+    CONSTRAINT tags_are_an_object_of_strings CHECK (
+        jsonb_typeof(VALUE) = 'object' AND NOT jsonb_path_exists(VALUE, 'strict $.* ? (@.type() != "string")'))
+    CONSTRAINT no_tag_starts_with_ob CHECK (
+        NOT jsonb_path_exists(VALUE, 'lax $.keyvalue() ? (@.key starts with "ob")'));
+
+CREATE TABLE {schema}.outbox (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    event_id uuid NOT NULL DEFAULT gen_random_uuid(),
+    aggregate_type {schema}.outbox_aggregate_type NOT NULL,
+    aggregate_id {schema}.outbox_aggregate_id NOT NULL,
+    version {schema}.outbox_version NOT NULL,
+    kind {schema}.outbox_kind NOT NULL DEFAULT 'change',
+    channels {schema}.outbox_channels NOT NULL,
+    payload {schema}.outbox_payload NOT NULL,
+    tags {schema}.outbox_tags,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    expires_at timestamptz,
+    lane smallint NOT NULL GENERATED ALWAYS AS
+        ((hashtextextended(aggregate_type || '/' || aggregate_id, 0) & 255)::smallint) STORED,
+    state {schema}.outbox_state NOT NULL DEFAULT 'pending',
+    accepted text[],
+    settled_at timestamptz,
+    error text,
+    traceparent text
+);
+
+-- Stored uncompressed, a payload's size is known without reading it: what bounds a batch in bytes.
+ALTER TABLE {schema}.outbox ALTER COLUMN payload SET STORAGE EXTERNAL;
+
+CREATE INDEX outbox_pending ON {schema}.outbox (lane, id) WHERE state = 'pending';
+
+CREATE INDEX outbox_parked ON {schema}.outbox (aggregate_type, aggregate_id, id) WHERE state = 'parked';
+
+CREATE TABLE {schema}.outbox_lane (lane smallint PRIMARY KEY);
+
+INSERT INTO {schema}.outbox_lane (lane) SELECT generate_series(0, 255);
+
+CREATE TABLE {schema}.outbox_hold (
+    aggregate_type {schema}.outbox_aggregate_type NOT NULL,
+    aggregate_id {schema}.outbox_aggregate_id NOT NULL,
+    lane smallint NOT NULL,
+    due_at timestamptz NOT NULL,
+    head_id bigint NOT NULL,
+    tries integer NOT NULL,
+    attempts integer NOT NULL,
+    first_refused_at timestamptz NOT NULL,
+    refused_at timestamptz NOT NULL,
+    error text,
+    PRIMARY KEY (aggregate_type, aggregate_id)
+);
+
+CREATE INDEX outbox_hold_due ON {schema}.outbox_hold (lane, due_at);
+""".replace("{channel_sizes}", ", ".join(f"octet_length(VALUE[{n}])" for n in range(1, 33)))
+
+_V1_DOWN = """
+DROP TABLE {schema}.outbox_hold, {schema}.outbox_lane, {schema}.outbox;
+
+DROP DOMAIN {schema}.outbox_aggregate_type, {schema}.outbox_aggregate_id, {schema}.outbox_version,
+    {schema}.outbox_channels, {schema}.outbox_payload, {schema}.outbox_tags;
+
+DROP TYPE {schema}.outbox_kind, {schema}.outbox_state;
+"""
+
+# Position n is what leads from version n to n + 1.
+_VERSIONS: Final[tuple[_Version, ...]] = (_Version(_V1_UP, _V1_DOWN),)
+LATEST: Final = len(_VERSIONS)
+
+
+def upgrade(op: Operations | Any, *, to: int, since: int = 0, schema: str | None = None) -> None:
+    """Bring the outbox from version `since` to version `to`, inside the revision that calls this.
+
+    `op` is Alembic's. The statements take their locks within 2 s or fail, so writers never wait longer.
+    """
+    _apply(op, schema, (version.up for version in _VERSIONS[since:to]))
+
+
+def downgrade(op: Operations | Any, *, since: int, to: int = 0, schema: str | None = None) -> None:
+    """Take the outbox from version `since` back to version `to`.
+
+    Dropping the table is refused with `MigrationError` while it holds events that have not ended.
+    """
+    if to == 0 and since > 0:
+        _refuse_to_lose_events(op, schema)
+    _apply(op, schema, (version.down for version in reversed(_VERSIONS[to:since])))
+
+
+def _apply(op: Operations | Any, schema: str | None, texts: Iterable[str]) -> None:
+    op.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
+    for text in texts:
+        for statement in render(text, schema):
+            # exec_driver_sql-like: no colon or percent sign of ours is a parameter.
+            op.execute(sa.text(statement.replace(":", r"\:")))
+
+
+def _refuse_to_lose_events(op: Operations | Any, schema: str | None) -> None:
+    if op.get_context().as_sql:
+        return
+    outbox = f"{_quote(schema or 'public')}.outbox"
+    op.execute(sa.text(f"LOCK TABLE {outbox} IN SHARE ROW EXCLUSIVE MODE"))
+    waiting = op.get_bind().scalar(
+        sa.text(f"SELECT EXISTS (SELECT FROM {outbox} WHERE state IN ('pending', 'parked'))")  # noqa: S608 - quoted
+    )
+    if waiting:
+        raise MigrationError(
+            f"{outbox} holds events that have not been delivered: drain it first "
+            "(outbox-relay run --until-empty), then downgrade"
+        )
+
+
+def render(text: str, schema: str | None) -> list[str]:
+    """Split one version's text into statements for `schema` (default: public)."""
+    quoted = _quote(schema or "public")
+    return [part.strip() for part in text.replace("{schema}", quoted).split(";\n") if part.strip(" \n;")]
+
+
+def plain_sql(schema: str | None = None) -> str:
+    """The whole latest schema as plain SQL, for stacks without Alembic."""
+    return "".join(f"{statement.rstrip(';')};\n\n" for v in _VERSIONS for statement in render(v.up, schema))
+
+
+def _quote(name: str) -> str:
+    return postgresql.dialect().identifier_preparer.quote_identifier(name)  # type: ignore[no-untyped-call,no-any-return]
+
+
+# Autogenerate: our tables become one call of `upgrade`, because domains, storage and lanes are no tables.
+
+
+class OutboxOp(ops.MigrateOperation):
+    """A call of `upgrade` or `downgrade` in a generated revision."""
+
+    def __init__(self, schema: str | None, *, down: bool = False) -> None:
+        self.schema = schema
+        self.down = down
+
+    def reverse(self) -> OutboxOp:
+        return OutboxOp(self.schema, down=not self.down)
+
+    def to_diff_tuple(self) -> tuple[str, str | None]:
+        return ("remove_outbox" if self.down else "add_outbox", self.schema)
+
+
+@renderers.dispatch_for(OutboxOp)
+def _render_outbox_op(context: AutogenContext, operation: OutboxOp) -> str:
+    context.imports.add("import outbox_relay.migrations")
+    schema = f", schema={operation.schema!r}" if operation.schema else ""
+    call = f"downgrade(op, since={LATEST}" if operation.down else f"upgrade(op, to={LATEST}"
+    return f"outbox_relay.migrations.{call}{schema})"
+
+
+autogenerate: Final = rewriter.Rewriter()
+"""Pass as `process_revision_directives` in env.py when `target_metadata` includes the outbox's tables."""
+
+
+@autogenerate.rewrites(ops.UpgradeOps)
+def _rewrite_upgrade(_context: Any, _revision: Any, directive: ops.UpgradeOps) -> ops.UpgradeOps:
+    directive.ops = _replace_tables(directive.ops, ops.CreateTableOp, down=False)
+    return directive
+
+
+@autogenerate.rewrites(ops.DowngradeOps)
+def _rewrite_downgrade(_context: Any, _revision: Any, directive: ops.DowngradeOps) -> ops.DowngradeOps:
+    directive.ops = _replace_tables(directive.ops, ops.DropTableOp, down=True)
+    return directive
+
+
+_TABLES: Final = ("outbox", "outbox_lane", "outbox_hold")
+
+
+def _replace_tables(
+    operations: Sequence[ops.MigrateOperation],
+    table_op: type[ops.CreateTableOp] | type[ops.DropTableOp],
+    *,
+    down: bool,
+) -> list[ops.MigrateOperation]:
+    kept: list[ops.MigrateOperation] = []
+    for operation in operations:
+        name = getattr(operation, "table_name", None)
+        if name not in _TABLES:
+            kept.append(operation)
+        elif isinstance(operation, table_op) and name == "outbox":
+            kept.append(OutboxOp(operation.schema, down=down))
+        elif not isinstance(operation, ops.CreateTableOp | ops.DropTableOp | ops.CreateIndexOp | ops.DropIndexOp):
+            kept.append(operation)
+    return kept
+
+
+# Own tree.
+
+
+def _script_location() -> Path:
+    package = Path(__file__).parent
+    bundled = package / "alembic"
+    return bundled if bundled.is_dir() else package.parent / "alembic"
+
+
+def config(
+    url: str | sa.URL | None = None, schema: str | None = None, connection: sa.Connection | None = None
+) -> Config:
+    """Alembic configuration of the bundled tree."""
+    own = Config()
+    own.set_main_option("script_location", str(_script_location()).replace("%", "%%"))
+    own.set_main_option("path_separator", "os")
+    own.attributes.update(url=url, schema=schema, connection=connection)
+    return own
+
+
+def head() -> str:
+    """The newest revision of the bundled tree."""
+    revision = ScriptDirectory.from_config(config()).get_current_head()
+    assert revision is not None  # noqa: S101 - the tree ships with at least one revision
+    return revision
+
+
+def current(connection: sa.Connection, schema: str | None = None) -> str | None:
+    """The revision that `connection`'s database is at, None before the first."""
+    options = {"version_table": VERSION_TABLE, "version_table_schema": schema or "public"}
+    return MigrationContext.configure(connection, opts=options).get_current_revision()
+
+
+def migrate(
+    engine: sa.Engine,
+    to: str = "head",
+    *,
+    schema: str | None = None,
+    down: bool = False,
+    on_wait: Callable[[int], None] = lambda _attempt: None,
+) -> None:
+    """Upgrade (or downgrade) the bundled tree, retrying while a lock is not to be had within 2 s.
+
+    Raises `MigrationError` when the locks could not be had in 30 tries, or events would be lost.
+    """
+    run = command.downgrade if down else command.upgrade
+    for attempt in range(1, LOCK_RETRIES + 1):
+        with engine.connect() as connection:
+            try:
+                run(config(schema=schema, connection=connection), to)
+                connection.commit()
+            except sa.exc.OperationalError as error:
+                if getattr(error.orig, "sqlstate", None) != "55P03":
+                    raise
+                connection.rollback()
+            else:
+                return
+        on_wait(attempt)
+        time.sleep(1.0)
+    raise MigrationError("a lock on the outbox could not be had: end the long transactions that use it, then retry")
+
+
+def offline_sql(to: str, output: TextIO, *, schema: str | None = None, down: bool = False) -> None:
+    """Write the SQL of a migration to `output` instead of running it."""
+    own = config(url="postgresql+psycopg://", schema=schema)
+    own.output_buffer = output
+    (command.downgrade if down else command.upgrade)(own, f"head:{to}" if down else to, sql=True)
