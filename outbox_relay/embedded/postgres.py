@@ -141,8 +141,9 @@ class Postgres:
 
     def start(self) -> None:
         """Make the cluster if there is none, start the server, return once it answers a query."""
-        if self._process is not None:
+        if self._process is not None and self._process.alive():
             raise EmbeddedError("PostgreSQL is running already")
+        self.stop()
         if self._temporary is None:
             root = _temp_root(self._user)
             self._temporary = tempfile.TemporaryDirectory(prefix="outbox-relay-pg-", dir=root)
