@@ -3,8 +3,8 @@
 import os
 
 import sqlalchemy as sa
-from alembic import context
 
+from alembic import context
 from outbox_relay import outbox
 from outbox_relay.migrations import LOCK_TIMEOUT, VERSION_TABLE, autogenerate
 
@@ -43,6 +43,7 @@ def run(connection):
 if context.is_offline_mode():
     context.configure(url=url or "postgresql+psycopg://", literal_binds=True, **options)
     with context.begin_transaction():
+        context.execute(f'CREATE SCHEMA IF NOT EXISTS "{schema.replace(chr(34), chr(34) * 2)}"')
         context.run_migrations()
 elif (given := attributes.get("connection")) is not None:
     run(given)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Final, TextIO
 
 import sqlalchemy as sa
-from alembic import command
 from alembic.autogenerate import rewriter
 from alembic.autogenerate.api import AutogenContext
 from alembic.autogenerate.render import renderers
@@ -22,6 +21,8 @@ from alembic.operations import Operations, ops
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy.dialects import postgresql
+
+from alembic import command
 
 VERSION_TABLE: Final = "outbox_relay_version"
 LOCK_TIMEOUT: Final = "2s"
@@ -67,7 +68,8 @@ CREATE DOMAIN {schema}.outbox_tags AS jsonb
     CONSTRAINT tags_are_an_object_of_strings CHECK (
         jsonb_typeof(VALUE) = 'object' AND NOT jsonb_path_exists(VALUE, 'strict $.* ? (@.type() != "string")'))
     CONSTRAINT no_tag_starts_with_ob CHECK (
-        NOT jsonb_path_exists(VALUE, 'lax $.keyvalue() ? (@.key starts with "ob")'));
+        jsonb_typeof(VALUE) <> 'object'
+        OR NOT jsonb_path_exists(VALUE, 'lax $.keyvalue() ? (@.key starts with "ob")'));
 
 CREATE TABLE {schema}.outbox (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -115,7 +117,9 @@ CREATE TABLE {schema}.outbox_hold (
     PRIMARY KEY (aggregate_type, aggregate_id)
 );
 
-CREATE INDEX outbox_hold_due ON {schema}.outbox_hold (lane, due_at);
+CREATE INDEX outbox_hold_lane ON {schema}.outbox_hold (lane, due_at);
+
+CREATE INDEX outbox_hold_due ON {schema}.outbox_hold (due_at);
 """.replace("{channel_sizes}", ", ".join(f"octet_length(VALUE[{n}])" for n in range(1, 33)))
 
 _V1_DOWN = """
@@ -185,7 +189,7 @@ def plain_sql(schema: str | None = None) -> str:
 
 
 def _quote(name: str) -> str:
-    return postgresql.dialect().identifier_preparer.quote_identifier(name)  # type: ignore[no-untyped-call,no-any-return]
+    return postgresql.dialect().identifier_preparer.quote_identifier(name)  # type: ignore[no-untyped-call]
 
 
 # Autogenerate: our tables become one call of `upgrade`, because domains, storage and lanes are no tables.

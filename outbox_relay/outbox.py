@@ -296,7 +296,7 @@ class _Domains:
     schema: str | None
     metadata: sa.MetaData
 
-    def __call__(self, name: str, base: sa.types.TypeEngine[Any]) -> pg.DOMAIN[Any]:
+    def __call__(self, name: str, base: sa.types.TypeEngine[Any]) -> pg.DOMAIN:
         return pg.DOMAIN(name, base, schema=self.schema, metadata=self.metadata, create_type=False)
 
 
@@ -333,7 +333,11 @@ def tables(metadata: sa.MetaData, schema: str | None = None) -> sa.MetaData:
         sa.Column("traceparent", sa.Text),
         sa.Index("outbox_pending", "lane", "id", postgresql_where=sa.text("state = 'pending'")),
         sa.Index(
-            "outbox_parked", "aggregate_type", "aggregate_id", "id", postgresql_where=sa.text("state = 'parked'")
+            "outbox_parked",
+            "aggregate_type",
+            "aggregate_id",
+            "id",
+            postgresql_where=sa.text("state = 'parked'"),
         ),
         schema=schema,
         info=info,
@@ -358,7 +362,8 @@ def tables(metadata: sa.MetaData, schema: str | None = None) -> sa.MetaData:
         sa.Column("first_refused_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("refused_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("error", sa.Text),
-        sa.Index("outbox_hold_due", "lane", "due_at"),
+        sa.Index("outbox_hold_lane", "lane", "due_at"),
+        sa.Index("outbox_hold_due", "due_at"),
         schema=schema,
         info=info,
     )

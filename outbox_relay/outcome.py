@@ -1,4 +1,4 @@
-"""What became of an event: values and decisions, without clock, database or network.
+"""What became of an event: values and decisions, without database or network.
 
 `decide` is the one place that says what a refusal means. Times are seconds on the database's clock.
 """
@@ -6,11 +6,18 @@
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-MAX_VERSION: Final = 2**53 - 1
-"""Largest version that JavaScript and Redis (doubles) compare exactly."""
+# Goes on while the machine sleeps or the process is stopped, where `time.monotonic` may not.
+_BOOTTIME: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+def boottime() -> float:
+    """Seconds since boot, the clock of every deadline."""
+    return time.clock_gettime(_BOOTTIME)
 
 
 class Event(NamedTuple):
@@ -116,6 +123,23 @@ class Dead:
 
 Outcome = Delivered | Held | Dead
 
+
+class Answer(NamedTuple):
+    """A reply, and when its request was sent."""
+
+    event: Event
+    reply: Reply
+    sent_at: float
+
+
+class Settlement(NamedTuple):
+    """An event's outcome, and the channels that accepted it this time."""
+
+    event: Event
+    outcome: Outcome
+    accepted: tuple[str, ...]
+
+
 # Centrifugo's codes that can never become a success by waiting: unknown command, bad request.
 PERMANENT: Final = frozenset({104, 107})
 # "Internal": a broker failure, or anything at all. It says nothing about the event, so it never kills one.
@@ -165,3 +189,31 @@ def decide(
             return Dead(error)
     delay = backoff(tries, policy.backoff_base, policy.backoff_max, jitter)
     return Held(tries=tries, attempts=attempts, delay=delay, error=error)
+
+
+def judge(
+    answers: Sequence[Answer],
+    holds: Mapping[tuple[str, str], Hold],
+    accepted_at: Mapping[str, float],
+    now: float,
+    policy: Policy,
+) -> tuple[list[Settlement], Outage | None]:
+    """Say what becomes of each answered event of a batch, and whether Centrifugo itself is in trouble.
+
+    `holds` are the due ones, by aggregate; `accepted_at` says for each namespace when the last request was
+    sent in which it accepted something. Where nothing at all was accepted, an internal error is the broker's:
+    the events stay as they are and the relay pauses. An event that was held before brings no such news.
+    """
+    anything_accepted = any(answer.reply.accepted for answer in answers)
+    settlements: list[Settlement] = []
+    outage: Outage | None = None
+    for event, reply, _ in answers:
+        hold = holds.get(event.aggregate) if reply.refusals else None
+        internal = [refusal for refusal in reply.refusals if refusal.code == INTERNAL]
+        if internal and hold is None and not anything_accepted:
+            outage = Outage(f"Centrifugo accepts nothing: error {INTERNAL}, {internal[0].message}")
+            continue
+        others = min((accepted_at.get(namespace(r.channel), 0.0) for r in reply.refusals), default=0.0)
+        head_hold = hold if hold is not None and hold.head_id == event.id else None
+        settlements.append(Settlement(event, decide(reply, head_hold, others, now, policy), reply.accepted))
+    return settlements, outage

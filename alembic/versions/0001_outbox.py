@@ -1,7 +1,6 @@
 """Outbox, lanes and holds."""
 
 from alembic import context, op
-
 from outbox_relay import migrations
 
 revision = "0001"

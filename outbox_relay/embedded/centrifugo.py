@@ -225,9 +225,7 @@ class Centrifugo:
         config.touch(mode=0o600)
         config.write_text(json.dumps({**self._config, "http_server": server}))
         # Variables of the user's own Centrifugo would override the configuration.
-        environment = {
-            name: value for name, value in os.environ.items() if not name.startswith("CENTRIFUGO_")
-        }
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("CENTRIFUGO_")}
         process = Process(
             (self._binary, "-c", config),
             log=self.log_path,
@@ -236,9 +234,7 @@ class Centrifugo:
             remove=self.run_dir,
         )
         try:
-            process.wait_until(
-                lambda: self._answers(api_port) and _listens(client_port), START_SECONDS, "Centrifugo"
-            )
+            process.wait_until(lambda: self._answers(api_port) and _listens(client_port), START_SECONDS, "Centrifugo")
         except BaseException:
             process.stop(signal.SIGKILL, STOP_SECONDS)
             raise
@@ -285,9 +281,7 @@ def _recent(binary: str, progress: Callable[[str], None]) -> bool:
     version = (int(found[1]), int(found[2])) if found else None
     if version is None or OLDEST <= version < (7, 0) or version == (0, 0):
         return True
-    progress(
-        f"{binary} is Centrifugo {version[0]}.{version[1]}, not {OLDEST[0]}.{OLDEST[1]} or newer: passed over"
-    )
+    progress(f"{binary} is Centrifugo {version[0]}.{version[1]}, not {OLDEST[0]}.{OLDEST[1]} or newer: passed over")
     return False
 
 
@@ -381,8 +375,6 @@ class _Build:
 
 
 def _go_version(go: str, environment: Mapping[str, str]) -> tuple[int, int]:
-    said = subprocess.run(
-        (go, "env", "GOVERSION"), capture_output=True, text=True, check=False, env=environment
-    ).stdout
+    said = subprocess.run((go, "env", "GOVERSION"), capture_output=True, text=True, check=False, env=environment).stdout
     found = re.match(r"go(\d+)\.(\d+)", said)
     return (int(found[1]), int(found[2])) if found else (0, 0)
