@@ -74,8 +74,8 @@ define environment
 		uv pip install --quiet --python $(1)/bin/python --no-deps --no-build-isolation -e .; \
 	else \
 		$(PYTHON) -m venv $(1); \
-		$(1)/bin/python -m pip install --quiet --require-hashes -r $(2); \
-		$(1)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .; \
+		$(1)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(2); \
+		$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .; \
 	fi
 	@touch $@
 endef

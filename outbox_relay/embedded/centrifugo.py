@@ -242,7 +242,7 @@ class Centrifugo:
 
     def _answers(self, api_port: int) -> bool:
         """Whether the API takes our key. `/health` would not tell our server from another one on the port."""
-        connection = http.client.HTTPConnection("127.0.0.1", api_port, timeout=5)
+        connection = http.client.HTTPConnection("127.0.0.1", api_port, timeout=1)
         try:
             connection.request("POST", "/api/info", b"{}", {"X-API-Key": self.api_key})
             return connection.getresponse().status == 200
@@ -261,7 +261,7 @@ _WAY_OUT = (
 
 def _listens(port: int) -> bool:
     try:
-        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
     except OSError:
         return False
     return True
