@@ -164,6 +164,7 @@ def decide(
     others_accepted_at: float,
     now: float,
     policy: Policy,
+    *,
     jitter: float | None = None,
 ) -> Outcome:
     """Say what an answered event becomes.

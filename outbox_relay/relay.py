@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import enum
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Protocol, Self
@@ -35,6 +36,7 @@ log = get_logger()
 WAVE_SHRINKAGE: Final = 4
 """A wave with less than this part of the first one's events waits for the next batch, with fuller company."""
 PROBE_EVENTS: Final = 64
+OTHERS_WAIT: Final = 0.02
 RETRY_AFTER_MAX: Final = 60.0
 
 
@@ -85,6 +87,7 @@ class Ended(enum.Enum):
     EMPTY = "nothing is pending"
     ONLY_HELD = "only held or parked events are left"
     HUNG = "a worker did not stop in time"
+    FAILED = "a worker failed"
 
 
 def waves(events: Iterable[Event], limits: Limits) -> list[list[Event]]:
@@ -140,10 +143,6 @@ class Worker:
         self._options = options
         self._shared = shared
         self._after = 0
-
-    def close(self) -> None:
-        self._publisher.close()
-        self._store.close()
 
     def run_once(self) -> bool:
         """Deliver one batch, and return whether there was anything to do.
@@ -270,18 +269,19 @@ class Pause:
                 self._tries = 0
                 self._events = min(self._options.batch_events, self._events * 2)
 
-    def wait(self, stopping: threading.Event) -> None:
-        """Wait until the next try is due; while the outage lasts, one worker tries and the others wait."""
+    @contextmanager
+    def turn(self, stopping: threading.Event) -> Iterator[None]:
+        """Wait until the next try is due. While the outage lasts one worker tries, and the others wait for it."""
         while self.outage and not stopping.is_set():
             left = self._until - boottime()
             if left <= 0 and self._probe.acquire(blocking=False):
+                try:
+                    yield
+                finally:
+                    self._probe.release()
                 return
-            stopping.wait(max(left, 0.02))
-
-    def tried(self) -> None:
-        """Let another worker be the next to try."""
-        if self._probe.locked():
-            self._probe.release()
+            stopping.wait(max(left, OTHERS_WAIT))
+        yield
 
 
 @dataclass(slots=True)
@@ -327,13 +327,18 @@ class Relay:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def stopping(self) -> bool:
+        return self._shared.stopping.is_set()
+
     def stop(self) -> None:
         """Ask the workers to finish the request in flight, settle what is known and end. Returns at once."""
         self._shared.stopping.set()
 
     def join(self) -> Ended:
         """Wait until the workers have ended; after `stop`, at most `stop_timeout` seconds."""
-        self._shared.stopping.wait()
+        while not self._shared.stopping.wait(1.0):
+            pass  # a wait without end would keep signal handlers from running on some platforms
         deadline = boottime() + self._options.stop_timeout
         for thread in self._threads:
             thread.join(max(0.0, deadline - boottime()))
@@ -357,49 +362,46 @@ class Relay:
         self.join()
 
     def _work(self, number: int) -> None:
-        """One worker's life: batches while there is work, growing waits while there is none."""
-        stopping, pause = self._shared.stopping, self._shared.pause
-        worker: Worker | None = None
-        store: Store | None = None
+        """One worker's life: connect, deliver batches, and after the database was lost connect again."""
+        stopping = self._shared.stopping
         failures = 0
+        try:
+            while not stopping.is_set():
+                try:
+                    with closing(self._open_store()) as store, closing(self._open_publisher()) as publisher:
+                        if failures:
+                            log.info("database is back", worker=number)
+                        failures = 0
+                        self._deliver(Worker(store, publisher, self._options, self._shared), store, watch=number == 0)
+                except DatabaseUnavailableError as error:
+                    failures += 1
+                    if failures == 1:
+                        log.warning("database lost, connecting again", worker=number, reason=str(error))
+                    stopping.wait(backoff(failures, self._options.pause_min, self._options.pause_max))
+        except BaseException:
+            log.exception("worker failed", worker=number)
+            self._ended = Ended.FAILED
+            stopping.set()
+
+    def _deliver(self, worker: Worker, store: Store, *, watch: bool) -> None:
+        """Batches at once while there is work, growing waits while there is none, until asked to stop."""
+        stopping, pause = self._shared.stopping, self._shared.pause
         idle = self._options.poll_min
         watched_at = boottime()
         while not stopping.is_set():
-            pause.wait(stopping)
-            try:
-                if worker is None or store is None:
-                    store = self._open_store()
-                    worker = Worker(store, self._open_publisher(), self._options, self._shared)
-                busy = worker.run_once()
-                if failures:
-                    log.info("database is back", worker=number)
-                failures = 0
-                if not busy and self._until_empty and self._finished(store):
-                    break
-                if number == 0 and boottime() - watched_at > store.session_timeout / 2:
-                    watched_at = boottime()
-                    if ended := store.end_stuck_sessions():
-                        log.warning("ended sessions of relays that no longer read", sessions=ended)
-            except DatabaseUnavailableError as error:
-                failures += 1
-                if failures == 1:
-                    log.warning("database lost, connecting again", worker=number, reason=str(error))
-                if worker is not None:
-                    worker.close()
-                worker = store = None
-                stopping.wait(backoff(failures, self._options.pause_min, self._options.pause_max))
+            with pause.turn(stopping):
+                busy = not stopping.is_set() and worker.run_once()
+            if watch and boottime() - watched_at > store.session_timeout / 2:
+                watched_at = boottime()
+                if ended := store.end_stuck_sessions():
+                    log.warning("ended sessions of relays that no longer read", sessions=ended)
+            if busy:
+                idle = self._options.poll_min
                 continue
-            except BaseException:
-                log.exception("worker failed", worker=number)
-                stopping.set()
-                raise
-            finally:
-                pause.tried()
-            idle = self._options.poll_min if busy else min(idle * 2, self._options.poll_max)
-            if not busy:
-                stopping.wait(idle)
-        if worker is not None:
-            worker.close()
+            if self._until_empty and self._finished(store):
+                return
+            stopping.wait(idle)
+            idle = min(idle * 2, self._options.poll_max)
 
     def _finished(self, store: Store) -> bool:
         pending, held = store.left()

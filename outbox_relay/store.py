@@ -251,7 +251,7 @@ WHERE usename = current_user AND application_name = %(application_name)s AND pid
 """
 
 
-def connect(database_url: str, *, connect_timeout: int = 5) -> psycopg.Connection[Any]:
+def connect(database_url: str, *, autocommit: bool = True) -> psycopg.Connection[Any]:
     """Connect as the relay does: UTF-8, a primary, dead peers noticed, nothing that pgbouncer would miss.
 
     Raises `DatabaseUnavailableError`; its text never holds the password.
@@ -261,7 +261,7 @@ def connect(database_url: str, *, connect_timeout: int = 5) -> psycopg.Connectio
         database_url = f"{scheme.partition('+')[0]}://{rest}"
     try:
         settings: dict[str, Any] = {
-            "connect_timeout": connect_timeout,
+            "connect_timeout": 5,
             "application_name": APPLICATION_NAME,
             "keepalives_idle": 5,
             "keepalives_interval": 2,
@@ -270,7 +270,7 @@ def connect(database_url: str, *, connect_timeout: int = 5) -> psycopg.Connectio
             "target_session_attrs": "read-write",
         } | conninfo_to_dict(database_url)
         settings["client_encoding"] = "UTF8"
-        return psycopg.connect(make_conninfo("", **settings), autocommit=True, prepare_threshold=None)
+        return psycopg.connect(make_conninfo("", **settings), autocommit=autocommit, prepare_threshold=None)
     except psycopg.ProgrammingError:
         # libpq's message quotes the part that it could not read, which may be the password.
         raise DatabaseUnavailableError(

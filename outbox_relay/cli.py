@@ -1,0 +1,298 @@
+"""The command line: reads the settings, builds the parts, runs one verb. Exit codes are part of the contract."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from outbox_relay import config as configuration
+from outbox_relay import log
+from outbox_relay.config import ConfigError, Settings
+
+if TYPE_CHECKING:
+    from outbox_relay.doctor import Finding
+
+EXIT_PROBLEM: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_ONLY_HELD: Final = 3
+EXIT_HARD_STOP: Final = 130
+
+app = typer.Typer(
+    help="Delivers the events of a transactional outbox in PostgreSQL to Centrifugo, in order per aggregate.\n\n"
+    "Settings come from flags, then the environment (OUTBOX_RELAY_DATABASE_URL, OUTBOX_RELAY_CENTRIFUGO_URL, "
+    "OUTBOX_RELAY_CENTRIFUGO_API_KEY, …; each of these three also as …_FILE), then outbox-relay.toml.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="TOML file with settings. [default: ./outbox-relay.toml if there is one]"),
+]
+DatabaseUrl = Annotated[
+    str | None,
+    typer.Option("--database-url", help="PostgreSQL URL. One with a password is better kept in the environment."),
+]
+CentrifugoUrl = Annotated[
+    str | None, typer.Option("--centrifugo-url", help="Centrifugo's server API, such as http://127.0.0.1:8000/api.")
+]
+Schema = Annotated[str | None, typer.Option("--schema", help="Schema that holds the outbox. [default: public]")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for programs.")]
+
+
+def main() -> None:
+    """Entry point of `outbox-relay`."""
+    app()
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(installed("outbox-relay"))
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    config: ConfigFile = None,
+    database_url: DatabaseUrl = None,
+    centrifugo_url: CentrifugoUrl = None,
+    schema: Schema = None,
+    workers: Annotated[int | None, typer.Option(help="Threads, each with a database session. [default: 2]")] = None,
+    until_empty: Annotated[
+        bool,
+        typer.Option(
+            "--until-empty",
+            help="Exit when nothing is pending: with 0, or with 3 if refused events are left waiting.",
+        ),
+    ] = False,
+    log_format: Annotated[str | None, typer.Option(help="console or json. [default: console]")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error. [default: info]")] = None,
+) -> None:
+    """Deliver events until stopped.
+
+    Run as many of these as you like, on as many hosts: they share the work and never reorder an aggregate.
+    SIGTERM and SIGINT finish the request in flight, record what is known and exit with 0; a second signal stops
+    at once and loses nothing either. Settings without a flag (OUTBOX_RELAY_POLL_MAX, …) are in the documentation.
+    """
+    with _settings(
+        config,
+        database_url=database_url,
+        centrifugo_url=centrifugo_url,
+        schema=schema,
+        workers=workers,
+        log_format=log_format,
+        log_level=log_level,
+    ) as settings:
+        configuration.need(settings, "database_url", "centrifugo_url", "centrifugo_api_key")
+        from outbox_relay.build import build_publisher, build_relay
+        from outbox_relay.relay import Ended
+
+        build_publisher(settings).close()
+        log.configure(settings.log_format, settings.log_level, settings.secrets())
+        relay = build_relay(settings)
+
+        def on_signal(_number: int, _frame: FrameType | None) -> None:
+            if relay.stopping:
+                # Nothing to clean up: what was claimed is free again as soon as the connections are gone.
+                os._exit(EXIT_HARD_STOP)
+            relay.stop()
+
+        signal.signal(signal.SIGTERM, on_signal)
+        signal.signal(signal.SIGINT, on_signal)
+        match relay.run(until_empty=until_empty):
+            case Ended.ONLY_HELD:
+                raise typer.Exit(EXIT_ONLY_HELD)
+            case Ended.HUNG | Ended.FAILED:
+                sys.stderr.flush()
+                os._exit(EXIT_PROBLEM)
+            case Ended.STOPPED | Ended.EMPTY:
+                return
+
+
+@app.command()
+def migrate(
+    config: ConfigFile = None,
+    database_url: DatabaseUrl = None,
+    schema: Schema = None,
+    to: Annotated[str, typer.Option("--to", help="Revision to reach: head, base, 0001, +1, -1.")] = "head",
+    sql: Annotated[bool, typer.Option("--sql", help="Print the SQL for review and change nothing.")] = False,
+    down: Annotated[
+        bool, typer.Option("--down", help="Downgrade to --to. Refused while events are undelivered.")
+    ] = False,
+    current: Annotated[bool, typer.Option("--current", help="Print the database's revision and the newest.")] = False,
+) -> None:
+    """Create or upgrade the outbox's tables, under a version table of their own.
+
+    Locks are taken within 2 seconds or given up and tried again, so writers are never frozen for long.
+    """
+    with _settings(config, database_url=database_url, schema=schema) as settings:
+        import sqlalchemy as sa
+
+        from outbox_relay import migrations
+
+        if sql:
+            migrations.offline_sql(to, sys.stdout, schema=settings.schema, down=down)
+            return
+        configuration.need(settings, "database_url")
+        with _engine(settings) as engine:
+            try:
+                if not current:
+                    migrations.migrate(engine, to, schema=settings.schema, down=down, on_wait=_say_waiting)
+                with engine.connect() as connection:
+                    revision = migrations.current(connection, settings.schema)
+            except migrations.MigrationError as error:
+                _fail(str(error), settings)
+            except sa.exc.SQLAlchemyError as error:
+                _fail(f"the migration failed, nothing was changed: {_first_line(error)}", settings)
+        typer.echo(f"{revision or 'none'} (newest: {migrations.head()})")
+
+
+@app.command()
+def check(
+    config: ConfigFile = None,
+    database_url: DatabaseUrl = None,
+    centrifugo_url: CentrifugoUrl = None,
+    schema: Schema = None,
+    as_json: AsJson = False,
+) -> None:
+    """Examine database and Centrifugo, and say what is wrong and what to do. Exit code 0 if all is well, else 1."""
+    with _settings(config, database_url=database_url, centrifugo_url=centrifugo_url, schema=schema) as settings:
+        configuration.need(settings, "database_url", "centrifugo_url", "centrifugo_api_key")
+        from outbox_relay.doctor import examine
+
+        redact = log.Redactor(settings.secrets()).text
+        findings = [finding.redacted(redact) for finding in examine(settings)]
+        ok = all(finding.ok for finding in findings)
+        if as_json:
+            _print_json({"ok": ok, "findings": [finding.as_dict() for finding in findings]})
+        else:
+            _print_findings(findings)
+        if not ok:
+            raise typer.Exit(EXIT_PROBLEM)
+
+
+@app.command()
+def status(
+    config: ConfigFile = None,
+    database_url: DatabaseUrl = None,
+    schema: Schema = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how many events wait, since when, and how many are dead. Counts stop at 10,000."""
+    with _settings(config, database_url=database_url, schema=schema) as settings:
+        configuration.need(settings, "database_url")
+        from outbox_relay.build import build_store
+        from outbox_relay.store import COUNT_LIMIT, DatabaseUnavailableError
+
+        try:
+            store = build_store(settings)
+            backlog = store.backlog()._asdict()
+            store.close()
+        except DatabaseUnavailableError as error:
+            _fail(f"the database says: {error}", settings)
+        if as_json:
+            _print_json(backlog | {"count_limit": COUNT_LIMIT})
+            return
+        table = Table("events", "", show_header=False, box=None)
+        for name in ("pending", "parked", "holds", "dead"):
+            count = backlog[name]
+            table.add_row(name, f"{count}" if count < COUNT_LIMIT else f"{COUNT_LIMIT} or more")
+        oldest = backlog["oldest_pending_seconds"]
+        table.add_row("oldest pending", "-" if oldest is None else f"{oldest:.1f} s")
+        Console().print(table)
+
+
+@app.command()
+def demo(
+    seconds: Annotated[
+        float | None, typer.Option(help="How long it runs. [default: until Ctrl-C, 20 without a terminal]")
+    ] = None,
+) -> None:
+    """Run the whole thing on real servers of its own: PostgreSQL, Centrifugo, writers, two relays, a subscriber.
+
+    Kills a relay and Centrifugo on the way and ends with an honest verdict. Needs the extra: outbox-relay\\[demo].
+    """
+    try:
+        from outbox_relay.demo import main as run_demo
+    except ImportError as error:
+        _fail(f"{error}: pip install 'outbox-relay[demo]'")
+    raise typer.Exit(run_demo(seconds=seconds))
+
+
+@contextmanager
+def _settings(config: Path | None, **flags: Any) -> Iterator[Settings]:
+    """The settings, with a wrong one turned into one line and exit code 2."""
+    try:
+        yield configuration.load(flags, file=config)
+    except ConfigError as error:
+        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        raise typer.Exit(EXIT_USAGE) from None
+
+
+@contextmanager
+def _engine(settings: Settings) -> Iterator[Any]:
+    import sqlalchemy as sa
+
+    from outbox_relay.store import DatabaseUnavailableError, connect
+
+    assert settings.database_url is not None  # noqa: S101 - `need` has looked
+    url = settings.database_url.get_secret_value()
+    try:
+        connect(url).close()
+    except DatabaseUnavailableError as error:
+        _fail(f"the database says: {error}", settings)
+    engine = sa.create_engine(
+        "postgresql+psycopg://", creator=lambda: connect(url, autocommit=False), poolclass=sa.NullPool
+    )
+    try:
+        yield engine
+    finally:
+        engine.dispose()
+
+
+def _fail(message: str, settings: Settings | None = None) -> NoReturn:
+    text = log.Redactor(settings.secrets() if settings else ()).text(message)
+    Console(stderr=True).print(f"[red]error:[/] {escape(text)}", soft_wrap=True, highlight=False)
+    raise typer.Exit(EXIT_PROBLEM)
+
+
+def _first_line(error: BaseException) -> str:
+    cause = getattr(error, "orig", None) or error
+    return str(cause).strip().partition("\n")[0]
+
+
+def _say_waiting(attempt: int) -> None:
+    typer.echo(f"waiting for a lock on the outbox, try {attempt}", err=True)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    import orjson
+
+    typer.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
+
+
+def _print_findings(findings: list[Finding]) -> None:
+    console = Console(highlight=False)
+    for finding in findings:
+        mark = "[green]ok[/]     " if finding.ok else "[red]problem[/]"
+        console.print(f"{mark} {escape(finding.what)}", soft_wrap=True)
+        if finding.advice:
+            console.print(f"        {escape(finding.advice)}", soft_wrap=True)

@@ -1,0 +1,151 @@
+"""Settings: from flags, the environment (`OUTBOX_RELAY_…`, or `…_FILE` for secrets) and a TOML file, in that order."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from pydantic import ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
+
+PREFIX: Final = "OUTBOX_RELAY_"
+CONFIG_FILE: Final = "outbox-relay.toml"
+
+Count = Annotated[int, Field(ge=1, le=100_000)]
+Bytes = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+class ConfigError(Exception):
+    """A setting is missing or wrong. The text is one line that says which, and what to do."""
+
+
+class Doc(NamedTuple):
+    """What a setting is, and in which unit."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Every setting, its bounds, its default and its unit."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", str_strip_whitespace=True)
+
+    database_url: Annotated[SecretStr | None, Doc("PostgreSQL URL: postgresql://user:password@host/database")] = None
+    centrifugo_url: Annotated[str | None, Doc("Centrifugo's server API, with or without /api")] = None
+    centrifugo_api_key: Annotated[SecretStr | None, Doc("Centrifugo's http_api.key")] = None
+    schema: Annotated[str, Field(min_length=1, max_length=63), Doc("schema that holds the outbox")] = "public"
+    workers: Annotated[int, Field(ge=1, le=64), Doc("threads, each with its own database session")] = 2
+    parallel: Annotated[bool, Doc("let Centrifugo publish a request's events side by side")] = True
+    lanes: Annotated[int, Field(ge=1, le=256), Doc("lanes that a batch may lock, of 256")] = 64
+    batch_events: Annotated[Count, Doc("events that a batch reads")] = 1_000
+    batch_bytes: Annotated[Bytes, Doc("bytes of payload that a batch reads")] = 4 * 1024 * 1024
+    request_events: Annotated[Count, Doc("events in one request to Centrifugo")] = 1_000
+    request_bytes: Annotated[Bytes, Doc("bytes of payload in one request")] = 2 * 1024 * 1024
+    channel_bytes: Annotated[Bytes, Doc("bytes of payload to one channel in one request")] = 256 * 1024
+    request_timeout: Annotated[
+        float, Field(gt=0, le=8), Doc("seconds for a whole request; Centrifugo cuts its own replies at 10")
+    ] = 3.0
+    batch_time: Annotated[float, Field(gt=0, le=60), Doc("seconds in which a batch starts requests")] = 1.0
+    poll_max: Annotated[Seconds, Doc("seconds between two looks at an empty outbox, at most")] = 0.1
+    pause_max: Annotated[Seconds, Doc("seconds between two tries during an outage, at most")] = 1.0
+    stop_timeout: Annotated[Seconds, Doc("seconds to finish after SIGTERM")] = 10.0
+    max_attempts: Annotated[Count, Doc("refusals that are an event's own fault before it may be dead")] = 10
+    min_age: Annotated[float, Field(ge=0), Doc("seconds of refusals before an event may be dead")] = 900.0
+    backoff_base: Annotated[Seconds, Doc("seconds that an aggregate waits after its first refusal")] = 1.0
+    backoff_max: Annotated[Seconds, Doc("seconds that an aggregate waits between two tries, at most")] = 60.0
+    log_format: Annotated[Literal["console", "json"], Doc("console or json")] = "console"
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Doc("debug, info, warning or error")] = "info"
+
+    def secrets(self) -> list[str]:
+        """Whatever must never be written anywhere, in every form in which it may turn up."""
+        found = [self.centrifugo_api_key.get_secret_value()] if self.centrifugo_api_key else []
+        if self.database_url:
+            found += _passwords(self.database_url.get_secret_value())
+        return found
+
+
+SECRETS: Final = ("database_url", "centrifugo_api_key")
+_FILES: Final = (*SECRETS, "centrifugo_url")
+_ADAPTER: Final = TypeAdapter(Settings)
+
+
+def load(flags: Mapping[str, Any], *, environ: Mapping[str, str] | None = None, file: Path | None = None) -> Settings:
+    """Read the settings. `flags` that are None were not given. Raises `ConfigError`."""
+    environ = os.environ if environ is None else environ
+    values = _from_file(file, environ)
+    for setting in fields(Settings):
+        name = PREFIX + setting.name.upper()
+        if setting.name in _FILES and environ.get(f"{name}_FILE"):
+            if environ.get(name):
+                raise ConfigError(f"both {name} and {name}_FILE are set: keep one of them")
+            values[setting.name] = _secret_file(f"{name}_FILE", environ[f"{name}_FILE"])
+        elif environ.get(name):
+            values[setting.name] = environ[name]
+        if flags.get(setting.name) is not None:
+            values[setting.name] = flags[setting.name]
+    try:
+        return _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        # Never the value: it may be a secret, or hold one.
+        problem = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        name = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] in {"unexpected_keyword_argument", "extra_forbidden"}:
+            raise ConfigError(f"there is no setting {name!r}: outbox-relay run --help lists them") from None
+        raise ConfigError(f"{name} ({PREFIX}{name.upper()}): {problem['msg'].lower()}") from None
+
+
+def need(settings: Settings, *names: str) -> None:
+    """Raise `ConfigError` unless every one of these settings has a value."""
+    for name in names:
+        if getattr(settings, name) is None:
+            variable = PREFIX + name.upper()
+            raise ConfigError(f"{name} is missing: set {variable} or {variable}_FILE, or {name} in {CONFIG_FILE}")
+
+
+def _from_file(file: Path | None, environ: Mapping[str, str]) -> dict[str, Any]:
+    named = file or (Path(environ[PREFIX + "CONFIG"]) if environ.get(PREFIX + "CONFIG") else None)
+    path = named or Path(CONFIG_FILE)
+    if named is None and not path.is_file():
+        return {}
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
+        raise ConfigError(f"{path} is not TOML: check it with a TOML editor") from None
+
+
+def _secret_file(variable: str, name: str) -> str:
+    try:
+        value = Path(name).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        raise ConfigError(f"the file that {variable} names cannot be read: {reason}") from None
+    if not value:
+        raise ConfigError(f"the file that {variable} names is empty")
+    return value
+
+
+def _passwords(url: str) -> list[str]:
+    """The password of a database URL or of a keyword string, as written and decoded."""
+    found: list[str] = []
+    _, _, after = url.partition("://")
+    credentials, at, _ = after.rpartition("@")
+    if at:
+        _, colon, password = credentials.partition(":")
+        found += [password, unquote(password)] if colon else []
+    try:
+        query = urlsplit(url).query
+    except ValueError:
+        query = ""
+    for part in (*query.split("&"), *url.split()):
+        key, _, value = part.partition("=")
+        if key == "password":
+            found += [value, unquote(value), value.strip("'")]
+    return [value for value in found if value]

@@ -1,0 +1,162 @@
+"""`outbox-relay check`: what a relay needs of PostgreSQL and Centrifugo, looked at one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final, LiteralString
+
+import psycopg
+from psycopg import sql
+
+from outbox_relay import migrations
+from outbox_relay.build import build_publisher
+from outbox_relay.config import Settings
+from outbox_relay.outbox import LANES
+from outbox_relay.store import DatabaseUnavailableError, connect
+
+OLDEST_POSTGRESQL: Final = 14
+_GRANTS: Final = {
+    "outbox": ("SELECT", "UPDATE", "DELETE"),
+    "outbox_lane": ("SELECT", "UPDATE"),
+    "outbox_hold": ("SELECT", "INSERT", "UPDATE", "DELETE"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at, and what to do about it if it is not well."""
+
+    ok: bool
+    what: str
+    advice: str = ""
+
+    def redacted(self, redact: Callable[[str], str]) -> Finding:
+        return replace(self, what=redact(self.what), advice=redact(self.advice))
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def examine(settings: Settings) -> Iterator[Finding]:
+    """Look at everything; what cannot be looked at for want of something earlier is left out."""
+    yield from _database(settings)
+    yield from _centrifugo(settings)
+
+
+def _database(settings: Settings) -> Iterator[Finding]:
+    url = settings.database_url.get_secret_value() if settings.database_url else ""
+    try:
+        connection = connect(url)
+    except DatabaseUnavailableError as error:
+        advice = "check OUTBOX_RELAY_DATABASE_URL, and that PostgreSQL accepts connections from here"
+        if "read-write" in str(error) or "read-only" in str(error):
+            advice = "the relay needs the primary: this is a standby, or read-only"
+        yield Finding(False, f"database: {error}", advice)
+        return
+    with connection:
+        yield from _server(connection)
+        yield from _schema(connection, settings)
+
+
+def _server(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
+    major = connection.info.server_version // 10_000
+    yield Finding(
+        major >= OLDEST_POSTGRESQL,
+        f"PostgreSQL {major}, primary",
+        "" if major >= OLDEST_POSTGRESQL else f"upgrade to PostgreSQL {OLDEST_POSTGRESQL} or newer",
+    )
+    encoding = _one(connection, "SHOW server_encoding")
+    yield Finding(
+        encoding == "UTF8",
+        f"server encoding {encoding}",
+        "" if encoding == "UTF8" else "payloads need a database created with ENCODING 'UTF8'",
+    )
+    free = _one(
+        connection,
+        "SELECT current_setting('max_connections')::int - count(*)::int FROM pg_stat_activity "
+        "WHERE backend_type = 'client backend'",
+    )
+    yield Finding(
+        free > 5, f"{free} connections free", "" if free > 5 else "raise max_connections or run fewer workers"
+    )
+    limit = _one(connection, "SELECT setting::int FROM pg_settings WHERE name = 'transaction_timeout'", 0)
+    yield Finding(
+        limit == 0 or limit >= 10_000,
+        "no transaction_timeout in the way",
+        "" if limit == 0 or limit >= 10_000 else "the relay's role needs transaction_timeout = 0, or at least 10 s",
+    )
+
+
+def _schema(connection: psycopg.Connection[Any], settings: Settings) -> Iterator[Finding]:
+    schema = settings.schema
+    names = {table: sql.Identifier(schema, table).as_string(connection) for table in _GRANTS}
+    missing = [table for table, name in names.items() if _one(connection, "SELECT to_regclass(%s) IS NULL", None, name)]
+    if missing:
+        yield Finding(
+            False,
+            f"schema {schema!r} has no {', '.join(missing)}",
+            "run: outbox-relay migrate; or set OUTBOX_RELAY_SCHEMA to where the tables are",
+        )
+        return
+    yield from _revision(connection, schema)
+    for table, privileges in _GRANTS.items():
+        lacking = [
+            privilege
+            for privilege in privileges
+            if not _one(connection, "SELECT has_table_privilege(%s, %s)", None, names[table], privilege)
+        ]
+        yield Finding(
+            not lacking,
+            f"{table}: {'all grants' if not lacking else 'no ' + ', '.join(lacking)}",
+            "" if not lacking else f"GRANT {', '.join(lacking)} ON {names[table]} TO the relay's role",
+        )
+        if lacking:
+            return
+    count = _one(connection, sql.SQL("SELECT count(*) FROM {}").format(sql.Identifier(schema, "outbox_lane")))
+    yield Finding(
+        count == LANES,
+        f"{count} lanes",
+        "" if count == LANES else f"outbox_lane must have the rows 0 to {LANES - 1}: insert the missing ones",
+    )
+
+
+def _revision(connection: psycopg.Connection[Any], schema: str) -> Iterator[Finding]:
+    table = sql.Identifier(schema, migrations.VERSION_TABLE)
+    if _one(connection, "SELECT to_regclass(%s) IS NULL", None, table.as_string(connection)):
+        yield Finding(True, "tables made by the application's own migrations")
+        return
+    try:
+        revision = _one(connection, sql.SQL("SELECT version_num FROM {}").format(table))
+    except psycopg.errors.InsufficientPrivilege:
+        yield Finding(
+            False, "schema version unknown", f"GRANT SELECT ON {table.as_string(connection)} TO the relay's role"
+        )
+        return
+    newest = migrations.head()
+    yield Finding(
+        revision == newest,
+        f"schema version {revision}",
+        "" if revision == newest else f"run: outbox-relay migrate ({newest})",
+    )
+
+
+def _centrifugo(settings: Settings) -> Iterator[Finding]:
+    publisher = build_publisher(settings)
+    outage = publisher.probe()
+    publisher.close()
+    if outage is None:
+        yield Finding(True, "Centrifugo answers and takes the API key")
+    else:
+        yield Finding(
+            False,
+            f"Centrifugo: {outage.reason}",
+            "check OUTBOX_RELAY_CENTRIFUGO_URL (the internal port, if there is one) and OUTBOX_RELAY_CENTRIFUGO_API_KEY",
+        )
+
+
+def _one(
+    connection: psycopg.Connection[Any], query: LiteralString | sql.Composed, default: Any = None, *parameters: Any
+) -> Any:
+    row = connection.execute(query, parameters).fetchone()
+    return default if row is None else row[0]
