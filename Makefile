@@ -35,7 +35,8 @@ test-lowest: setup $(LOWEST) ## Run the suite with the oldest dependencies alone
 	.venv-lowest/bin/python -m pytest -n $(JOBS) -p no:cacheprovider --ignore tests/test_embedded.py $(ARGS)
 
 .PHONY: check
-check: $(STAMP) ## Formatter, linter, types, import contract
+check: $(STAMP) ## Pins, formatter, linter, types, import contract
+	.venv/bin/uv pip check --python .venv/bin/python
 	.venv/bin/ruff format --check
 	.venv/bin/ruff check
 	.venv/bin/mypy
