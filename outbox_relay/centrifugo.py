@@ -5,23 +5,27 @@ Centrifugo's contract was read from the source of v6.9.1: `api_handler`, `apipro
 
 from __future__ import annotations
 
+import json
+import re
 import ssl
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Final
 
-import httpcore
 import httpx
 import orjson
 
-from outbox_relay.outcome import Event, Outage, Refusal, Reply, boottime
+from outbox_relay.outcome import ACCEPTED, Event, Outage, Refusal, Reply
+from outbox_relay.transport import Deadline, DeadlineTransport
 
 WIRE_VERSION: Final = "1"
-MAX_DEPTH: Final = 10_000
-"""Go's JSON decoder refuses deeper nesting, and with it the whole batch."""
+MAX_DEPTH: Final = 9_990
+"""Go's JSON decoder refuses more than 10,000 levels, the batch's own included, and with them the whole batch."""
+BAD_REQUEST: Final = 107
 _REPLY_BYTES_PER_COMMAND: Final = 4096
 _REPLY_FLOOR: Final = 64 * 1024
-_CHUNK: Final = 256 * 1024
-_TOO_DEEP: Final = 107
+_STRINGS: Final = re.compile(r'"(?:[^"\\]|\\.)*"')
+_quote: Final = json.encoder.encode_basestring
 
 
 class Centrifugo:
@@ -43,9 +47,9 @@ class Centrifugo:
         self.timeout = timeout
         self._parallel = parallel
         self._api = api_url(url)
-        self._deadline = _Deadline()
+        self._deadline = Deadline()
         self._client = httpx.Client(
-            transport=_Transport(self._deadline, verify),
+            transport=DeadlineTransport(self._deadline, verify),
             headers={
                 "X-API-Key": api_key,
                 "Content-Type": "application/json",
@@ -61,17 +65,22 @@ class Centrifugo:
 
     def publish(self, events: Sequence[Event]) -> list[Reply] | Outage:
         """Publish one request, and say for each event, in order, what became of it."""
-        refused = {n: _refuse_too_deep(event) for n, event in enumerate(events) if _too_deep(event.payload)}
-        sent = [event for n, event in enumerate(events) if n not in refused] if refused else events
+        too_deep = {n for n, event in enumerate(events) if _too_deep(event.payload)}
+        sent = [event for n, event in enumerate(events) if n not in too_deep] if too_deep else events
         answer = self._batch(encode_batch(sent, parallel=self._parallel and len(sent) > 1), len(sent))
         if isinstance(answer, Outage):
             return answer
         try:
-            replies = [_reply(event, reply) for event, reply in zip(sent, answer, strict=True)]
+            replies = [
+                ACCEPTED if "publish" in reply and "error" not in reply else _reply(event, reply)
+                for event, reply in zip(sent, answer, strict=True)
+            ]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             return Outage(f"the reply is not Centrifugo's: {type(error).__name__} in a command's reply")
-        for n in sorted(refused):
-            replies.insert(n, refused[n])
+        for n in sorted(too_deep):
+            message = "not sent: the payload is nested too deeply for Centrifugo's decoder"
+            refusals = (Refusal(channel, BAD_REQUEST, message) for channel in events[n].unsent)
+            replies.insert(n, Reply(tuple(refusals)))
         return replies
 
     def probe(self) -> Outage | None:
@@ -120,82 +129,46 @@ def api_url(url: str) -> httpx.URL:
 
 def encode_batch(events: Iterable[Event], *, parallel: bool) -> bytes:
     """The body of one batch request. Payload and tags are spliced in as they are, never parsed."""
-    return b'{"parallel":%b,"commands":[%b]}' % (
-        b"true" if parallel else b"false",
-        b",".join(map(_command, events)),
-    )
+    commands = ",".join(map(_command, events))
+    return f'{{"parallel":{"true" if parallel else "false"},"commands":[{commands}]}}'.encode()
 
 
-def _command(event: Event) -> bytes:
-    channels = event.unsent
+def _command(event: Event) -> str:
+    channels = event.unsent if event.accepted else event.channels
     if len(channels) == 1:
-        head = b'{"publish":{"channel":' + orjson.dumps(channels[0])
+        target = f'"publish":{{"channel":{_quote(channels[0])}'
     else:
-        head = b'{"broadcast":{"channels":' + orjson.dumps(channels)
-    own = b"" if event.tags is None or len(event.tags) <= 2 else b"," + event.tags.strip()[1:]
+        target = f'"broadcast":{{"channels":[{",".join(map(_quote, channels))}]'
+    own_tags = f",{event.tags[1:]}" if event.tags and event.tags != "{}" else "}"
     return (
-        b'%b,"data":%b,"idempotency_key":"%b:%d","tags":{"ob":"1","ob_type":%b,"ob_id":%b,'
-        b'"ob_version":"%d","ob_event":"%b","ob_kind":"%b"%b}}'
-    ) % (
-        head,
-        event.payload,
-        event.event_id.encode(),
-        event.id,
-        orjson.dumps(event.aggregate_type),
-        orjson.dumps(event.aggregate_id),
-        event.version,
-        event.event_id.encode(),
-        event.kind.encode(),
-        own or b"}",
+        f'{{{target},"data":{event.payload},"idempotency_key":"{event.event_id}:{event.id}",'
+        f'"tags":{{"ob":"{WIRE_VERSION}","ob_type":{_quote(event.aggregate_type)},'
+        f'"ob_id":{_quote(event.aggregate_id)},"ob_version":"{event.version}","ob_event":"{event.event_id}",'
+        f'"ob_kind":"{event.kind}"{own_tags}}}}}'
     )
 
 
 def _reply(event: Event, reply: Any) -> Reply:
+    """The answer for an event that was not plainly accepted on its only channel. Raises where it is no answer."""
     channels = event.unsent
     error = reply.get("error")
     if error is not None:
-        return Reply((), tuple(_refusal(channel, error) for channel in channels))
-    if len(channels) == 1:
-        if "publish" not in reply:
-            raise KeyError("publish")
-        return Reply((channels[0],), ())
-    accepted: list[str] = []
-    refusals: list[Refusal] = []
-    for channel, response in zip(channels, reply["broadcast"]["responses"], strict=True):
-        if (error := response.get("error")) is not None:
-            refusals.append(_refusal(channel, error))
-        else:
-            accepted.append(channel)
-    return Reply(tuple(accepted), tuple(refusals))
+        return Reply(tuple(_refusal(channel, error) for channel in channels))
+    responses = list(zip(channels, reply["broadcast"]["responses"], strict=True))
+    refusals = tuple(_refusal(channel, r["error"]) for channel, r in responses if "error" in r)
+    return Reply(refusals, tuple(channel for channel, r in responses if "error" not in r)) if refusals else ACCEPTED
 
 
 def _refusal(channel: str, error: Mapping[str, Any]) -> Refusal:
     return Refusal(channel, int(error["code"]), str(error.get("message", ""))[:200])
 
 
-def _too_deep(payload: bytes) -> bool:
+def _too_deep(payload: str) -> bool:
     """Whether Go would refuse the payload's nesting. Counting brackets rules it out for almost all."""
-    if payload.count(b"[") + payload.count(b"{") <= MAX_DEPTH - 10:
+    if len(payload) <= MAX_DEPTH or payload.count("[") + payload.count("{") <= MAX_DEPTH:
         return False
-    depth = deepest = 0
-    in_string = escaped = False
-    for byte in payload:
-        if in_string:
-            in_string = escaped or byte != 0x22
-            escaped = not escaped and byte == 0x5C
-        elif byte == 0x22:
-            in_string = True
-        elif byte in b"[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif byte in b"]}":
-            depth -= 1
-    return deepest > MAX_DEPTH - 10
-
-
-def _refuse_too_deep(event: Event) -> Reply:
-    message = "not sent: the payload is nested too deeply for Centrifugo's decoder"
-    return Reply((), tuple(Refusal(channel, _TOO_DEEP, message) for channel in event.unsent))
+    depths = accumulate(1 if bracket in "[{" else -1 for bracket in re.findall(r"[][{}]", _STRINGS.sub("", payload)))
+    return max(depths, default=0) > MAX_DEPTH
 
 
 def _read(response: httpx.Response, limit: int) -> bytes | None:
@@ -234,87 +207,3 @@ def _retry_after(response: httpx.Response) -> float | None:
 def _describe(error: httpx.HTTPError) -> str:
     text = " ".join(str(error).split())[:200]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-class _Deadline:
-    """When the request under way must have ended, on a clock that goes on while the process is stopped."""
-
-    def __init__(self) -> None:
-        self._at = 0.0
-
-    def start(self, timeout: float) -> None:
-        self._at = boottime() + timeout
-
-    def left(self) -> float:
-        return self._at - boottime()
-
-
-class _Transport(httpx.HTTPTransport):
-    """httpx's transport, whose time-outs are per operation, with one deadline for the whole request."""
-
-    def __init__(self, deadline: _Deadline, verify: ssl.SSLContext | bool) -> None:
-        super().__init__(verify=verify, trust_env=False)
-        context = httpx.create_ssl_context(verify=verify, trust_env=False)
-        self._pool = httpcore.ConnectionPool(
-            ssl_context=context,
-            max_connections=1,
-            max_keepalive_connections=1,
-            keepalive_expiry=10.0,
-            network_backend=_Backend(deadline),
-        )
-
-
-class _Backend(httpcore.NetworkBackend):
-    def __init__(self, deadline: _Deadline) -> None:
-        self._deadline = deadline
-        self._inner = httpcore.SyncBackend()
-
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.NetworkStream:
-        left = _remaining(self._deadline, httpcore.ConnectTimeout)
-        stream = self._inner.connect_tcp(host, port, left, local_address, socket_options)
-        return _Stream(stream, self._deadline)
-
-
-class _Stream(httpcore.NetworkStream):
-    """A connection on which nothing is sent or awaited past the deadline.
-
-    A process that was stopped in mid-request and goes on later sends not one byte more, so the server sees a
-    request cut short and runs none of it.
-    """
-
-    def __init__(self, inner: httpcore.NetworkStream, deadline: _Deadline) -> None:
-        self._inner = inner
-        self._deadline = deadline
-
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._inner.read(max_bytes, _remaining(self._deadline, httpcore.ReadTimeout))
-
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        for start in range(0, len(buffer), _CHUNK):
-            self._inner.write(buffer[start : start + _CHUNK], _remaining(self._deadline, httpcore.WriteTimeout))
-
-    def close(self) -> None:
-        self._inner.close()
-
-    def start_tls(
-        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> httpcore.NetworkStream:
-        left = _remaining(self._deadline, httpcore.ConnectTimeout)
-        return _Stream(self._inner.start_tls(ssl_context, server_hostname, left), self._deadline)
-
-    def get_extra_info(self, info: str) -> Any:
-        return self._inner.get_extra_info(info)
-
-
-def _remaining(deadline: _Deadline, expired: type[httpcore.TimeoutException]) -> float:
-    left = deadline.left()
-    if left <= 0:
-        raise expired("the request's deadline has passed")
-    return left

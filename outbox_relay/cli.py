@@ -70,7 +70,7 @@ def _options(
 
 
 @app.command()
-def run(
+def run(  # noqa: PLR0917 - Typer's options are keywords
     config: ConfigFile = None,
     database_url: DatabaseUrl = None,
     centrifugo_url: CentrifugoUrl = None,
@@ -128,7 +128,7 @@ def run(
 
 
 @app.command()
-def migrate(
+def migrate(  # noqa: PLR0917 - Typer's options are keywords
     config: ConfigFile = None,
     database_url: DatabaseUrl = None,
     schema: Schema = None,
@@ -200,7 +200,8 @@ def status(
     with _settings(config, database_url=database_url, schema=schema) as settings:
         configuration.need(settings, "database_url")
         from outbox_relay.build import build_store
-        from outbox_relay.store import COUNT_LIMIT, DatabaseUnavailableError
+        from outbox_relay.database import DatabaseUnavailableError
+        from outbox_relay.store import COUNT_LIMIT
 
         try:
             store = build_store(settings)
@@ -251,7 +252,7 @@ def _settings(config: Path | None, **flags: Any) -> Iterator[Settings]:
 def _engine(settings: Settings) -> Iterator[Any]:
     import sqlalchemy as sa
 
-    from outbox_relay.store import DatabaseUnavailableError, connect
+    from outbox_relay.database import DatabaseUnavailableError, connect
 
     assert settings.database_url is not None  # noqa: S101 - `need` has looked
     url = settings.database_url.get_secret_value()

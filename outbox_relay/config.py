@@ -44,9 +44,9 @@ class Settings:
     parallel: Annotated[bool, Doc("let Centrifugo publish a request's events side by side")] = True
     lanes: Annotated[int, Field(ge=1, le=256), Doc("lanes that a batch may lock, of 256")] = 64
     batch_events: Annotated[Count, Doc("events that a batch reads")] = 1_000
-    batch_bytes: Annotated[Bytes, Doc("bytes of payload that a batch reads")] = 4 * 1024 * 1024
+    batch_bytes: Annotated[Bytes, Doc("bytes of payload that a batch reads")] = 2 * 1024 * 1024
     request_events: Annotated[Count, Doc("events in one request to Centrifugo")] = 1_000
-    request_bytes: Annotated[Bytes, Doc("bytes of payload in one request")] = 2 * 1024 * 1024
+    request_bytes: Annotated[Bytes, Doc("bytes of payload in one request")] = 1024 * 1024
     channel_bytes: Annotated[Bytes, Doc("bytes of payload to one channel in one request")] = 256 * 1024
     request_timeout: Annotated[
         float, Field(gt=0, le=8), Doc("seconds for a whole request; Centrifugo cuts its own replies at 10")

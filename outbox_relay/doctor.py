@@ -12,8 +12,8 @@ from psycopg import sql
 from outbox_relay import migrations
 from outbox_relay.build import build_publisher
 from outbox_relay.config import Settings
+from outbox_relay.database import DatabaseUnavailableError, connect
 from outbox_relay.outbox import LANES
-from outbox_relay.store import DatabaseUnavailableError, connect
 
 OLDEST_POSTGRESQL: Final = 14
 _GRANTS: Final = {

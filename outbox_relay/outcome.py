@@ -21,7 +21,7 @@ def boottime() -> float:
 
 
 class Event(NamedTuple):
-    """One outbox row on its way. `payload` and `tags` are JSON text, exactly as stored."""
+    """One outbox row on its way. `payload` and `tags` are JSON text, exactly as stored, never parsed."""
 
     id: int
     event_id: str
@@ -31,8 +31,8 @@ class Event(NamedTuple):
     version: int
     kind: str
     channels: list[str]
-    payload: bytes
-    tags: bytes | None
+    payload: str
+    tags: str | None
     accepted: list[str] | None
 
     @property
@@ -56,10 +56,14 @@ class Refusal(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """Centrifugo's answer for one event: the channels that accepted it and those that refused it."""
+    """Centrifugo's answer for one event: who refused it, and which channels accepted it all the same."""
 
-    accepted: tuple[str, ...]
     refusals: tuple[Refusal, ...]
+    accepted: tuple[str, ...] = ()
+
+
+ACCEPTED: Final = Reply(())
+"""The answer for an event that all its channels accepted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +104,6 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
-class Delivered:
-    """Every channel has accepted the event."""
-
-
-@dataclass(frozen=True, slots=True)
 class Held:
     """Some channel refused the event: its aggregate waits `delay` seconds, nobody else does."""
 
@@ -121,19 +120,12 @@ class Dead:
     error: str
 
 
-Outcome = Delivered | Held | Dead
-
-
-class Answer(NamedTuple):
-    """A reply, and when its request was sent."""
-
-    event: Event
-    reply: Reply
-    sent_at: float
+Outcome = Held | Dead
+"""What becomes of an event that was refused. The others are delivered."""
 
 
 class Settlement(NamedTuple):
-    """An event's outcome, and the channels that accepted it this time."""
+    """A refused event's outcome, and the channels that accepted it this time."""
 
     event: Event
     outcome: Outcome
@@ -167,7 +159,7 @@ def decide(
     *,
     jitter: float | None = None,
 ) -> Outcome:
-    """Say what an answered event becomes.
+    """Say what a refused event becomes.
 
     `hold` is the wait that this event is the head of, if there is one. `others_accepted_at` is when the
     last request was sent in which this event's namespaces accepted something. A refusal is the event's own
@@ -175,8 +167,6 @@ def decide(
     the refusal; so a refusal is judged when the next one arrives, and the first never counts. The held
     aggregate itself sends nothing in between, so whatever was accepted there belongs to another one.
     """
-    if not reply.refusals:
-        return Delivered()
     codes = {refusal.code for refusal in reply.refusals}
     first = reply.refusals[0]
     error = f"Centrifugo refused channel {first.channel!r} with {first.code}: {first.message}"[:1000]
@@ -193,28 +183,29 @@ def decide(
 
 
 def judge(
-    answers: Sequence[Answer],
+    refused: Sequence[tuple[Event, Reply]],
     holds: Mapping[tuple[str, str], Hold],
     accepted_at: Mapping[str, float],
     now: float,
     policy: Policy,
+    *,
+    anything_accepted: bool,
 ) -> tuple[list[Settlement], Outage | None]:
-    """Say what becomes of each answered event of a batch, and whether Centrifugo itself is in trouble.
+    """Say what becomes of a batch's refused events, and whether Centrifugo itself is in trouble.
 
     `holds` are the due ones, by aggregate; `accepted_at` says for each namespace when the last request was
     sent in which it accepted something. Where nothing at all was accepted, an internal error is the broker's:
     the events stay as they are and the relay pauses. An event that was held before brings no such news.
     """
-    anything_accepted = any(answer.reply.accepted for answer in answers)
     settlements: list[Settlement] = []
     outage: Outage | None = None
-    for event, reply, _ in answers:
-        hold = holds.get(event.aggregate) if reply.refusals else None
+    for event, reply in refused:
+        hold = holds.get(event.aggregate)
         internal = [refusal for refusal in reply.refusals if refusal.code == INTERNAL]
         if internal and hold is None and not anything_accepted:
             outage = Outage(f"Centrifugo accepts nothing: error {INTERNAL}, {internal[0].message}")
             continue
-        others = min((accepted_at.get(namespace(r.channel), 0.0) for r in reply.refusals), default=0.0)
-        head_hold = hold if hold is not None and hold.head_id == event.id else None
-        settlements.append(Settlement(event, decide(reply, head_hold, others, now, policy), reply.accepted))
+        others = min(accepted_at.get(namespace(refusal.channel), 0.0) for refusal in reply.refusals)
+        own_hold = hold if hold is not None and hold.head_id == event.id else None
+        settlements.append(Settlement(event, decide(reply, own_hold, others, now, policy), reply.accepted))
     return settlements, outage

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Protocol, Self
 
+from outbox_relay.database import DatabaseUnavailableError
 from outbox_relay.log import get_logger
 from outbox_relay.outcome import (
-    Answer,
+    ACCEPTED,
     Dead,
-    Delivered,
     Event,
     Held,
     Outage,
@@ -29,7 +29,7 @@ from outbox_relay.outcome import (
     judge,
     namespace,
 )
-from outbox_relay.store import Batch, Clock, DatabaseUnavailableError, Store
+from outbox_relay.store import Batch, Clock, Store
 
 log = get_logger()
 
@@ -49,7 +49,7 @@ class Limits:
     """
 
     events: int = 1_000
-    bytes: int = 2 * 1024 * 1024
+    bytes: int = 1024 * 1024
     channel_bytes: int = 256 * 1024
 
 
@@ -61,7 +61,7 @@ class Options:
     lanes: int = 64
     events_per_lane: int = 16
     batch_events: int = 1_000
-    batch_bytes: int = 4 * 1024 * 1024
+    batch_bytes: int = 2 * 1024 * 1024
     batch_time: float = 1.0
     poll_min: float = 0.002
     poll_max: float = 0.1
@@ -96,42 +96,40 @@ def waves(events: Iterable[Event], limits: Limits) -> list[list[Event]]:
     At most one event of an aggregate in a request, because Centrifugo goes on after a failing command and its
     successor would overtake it. Events of one aggregate keep their order.
     """
-    requests: list[_Request] = []
-    next_of: dict[tuple[str, str], int] = {}
-    first_open = 0
+    requests: list[list[Event]] = []
+    room: list[int] = []  # bytes left, by request
+    used: list[dict[str, int]] = []  # bytes by channel, by request
+    next_of: dict[tuple[str, str], int] = {}  # the earliest request for an aggregate's next event
     for event in events:
         size = len(event.payload)
-        position = max(next_of.get(event.aggregate, 0), first_open)
-        while position < len(requests) and not requests[position].fits(event, size, limits):
-            position += 1
-        if position == len(requests):
-            requests.append(_Request())
-        requests[position].add(event, size)
-        next_of[event.aggregate] = position + 1
-        while first_open < len(requests) and len(requests[first_open].events) >= limits.events:
-            first_open += 1
-    return [request.events for request in requests]
-
-
-class _Request:
-    __slots__ = ("bytes", "channels", "events")
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self.bytes = 0
-        self.channels: dict[str, int] = {}
-
-    def fits(self, event: Event, size: int, limits: Limits) -> bool:
-        if len(self.events) >= limits.events or self.bytes + size > limits.bytes:
-            return False
-        used = self.channels
-        return all(used.get(channel, 0) + size <= limits.channel_bytes for channel in event.channels)
-
-    def add(self, event: Event, size: int) -> None:
-        self.events.append(event)
-        self.bytes += size
+        aggregate = (event.aggregate_type, event.aggregate_id)
+        n = next_of.get(aggregate, 0)
+        while n < len(requests) and not (
+            size <= room[n]
+            and len(requests[n]) < limits.events
+            and all(used[n].get(channel, 0) + size <= limits.channel_bytes for channel in event.channels)
+        ):
+            n += 1
+        if n == len(requests):
+            requests.append([])
+            room.append(limits.bytes)
+            used.append({})
+        requests[n].append(event)
+        room[n] -= size
         for channel in event.channels:
-            self.channels[channel] = self.channels.get(channel, 0) + size
+            used[n][channel] = used[n].get(channel, 0) + size
+        next_of[aggregate] = n + 1
+    return requests
+
+
+@dataclass(slots=True)
+class Sent:
+    """What is known of a batch after its requests: events without an answer are in neither list."""
+
+    delivered: list[int] = field(default_factory=list)
+    refused: list[tuple[Event, Reply]] = field(default_factory=list)
+    anything_accepted: bool = False
+    outage: Outage | None = None
 
 
 class Worker:
@@ -165,27 +163,33 @@ class Worker:
                 per_lane=options.events_per_lane,
                 max_bytes=options.batch_bytes,
             )
-            answers, outage = self._publish(batch, claim.clock)
-            settlements, refused = judge(
-                answers, batch.holds, self._shared.accepted_at, claim.clock.now(), options.policy
+            sent = self._publish(batch, claim.clock)
+            settlements, trouble = judge(
+                sent.refused,
+                batch.holds,
+                self._shared.accepted_at,
+                claim.clock.now(),
+                options.policy,
+                anything_accepted=sent.anything_accepted,
             )
-            if settlements or batch.holds:
-                self._store.settle(settlements, batch.holds)
-        self._shared.pause.report(outage or refused, answered=bool(settlements))
-        _log_outcomes(settlements)
-        return bool(settlements or batch.parked or outage or refused)
+            if sent.delivered or settlements or batch.holds:
+                self._store.settle(sent.delivered, settlements, batch.holds)
+        outage = sent.outage or trouble
+        self._shared.pause.report(outage, answered=bool(sent.delivered or settlements))
+        _log_outcomes(len(sent.delivered), settlements)
+        return bool(sent.delivered or settlements or batch.parked or outage)
 
-    def _publish(self, batch: Batch, clock: Clock) -> tuple[list[Answer], Outage | None]:
+    def _publish(self, batch: Batch, clock: Clock) -> Sent:
         """Send the batch wave by wave until it is sent, its time is over, or a request fails whole."""
-        answers: list[Answer] = []
-        refused: set[tuple[str, str]] = set()
+        sent = Sent()
+        behind: set[tuple[str, str]] = set()  # aggregates whose successors wait
         planned = waves(batch.events, self._options.limits)
         ends_at = boottime() + self._options.batch_time
         for number, wave in enumerate(planned):
             late = self._shared.stopping.is_set() or boottime() >= ends_at
             if number and (late or len(wave) * WAVE_SHRINKAGE < len(planned[0])):
                 break
-            events = [event for event in wave if event.aggregate not in refused] if refused else wave
+            events = [event for event in wave if event.aggregate not in behind] if behind else wave
             if not events:
                 continue
             if not self._store.still_ours():
@@ -193,41 +197,37 @@ class Worker:
             sent_at = clock.now()
             replies = self._publisher.publish(events)
             if isinstance(replies, Outage):
-                return answers, replies
+                sent.outage = replies
+                break
+            accepted: set[str] = set()
             for event, reply in zip(events, replies, strict=True):
-                answers.append(Answer(event, reply, sent_at))
-                if reply.refusals:
-                    refused.add(event.aggregate)
-                for channel in reply.accepted:
-                    self._shared.accepted_at[namespace(channel)] = sent_at
-        return answers, None
+                if reply is ACCEPTED:
+                    sent.delivered.append(event.id)
+                    accepted.update(event.channels)
+                else:
+                    sent.refused.append((event, reply))
+                    behind.add(event.aggregate)
+                    accepted.update(reply.accepted)
+            sent.anything_accepted |= bool(accepted)
+            self._shared.accepted_at.update(dict.fromkeys(map(namespace, accepted), sent_at))
+        return sent
 
 
-def _log_outcomes(settlements: Iterable[Settlement]) -> None:
-    delivered = 0
+def _log_outcomes(delivered: int, settlements: Iterable[Settlement]) -> None:
     for event, outcome, _ in settlements:
+        about = {"event_id": event.id, "aggregate_type": event.aggregate_type, "aggregate_id": event.aggregate_id}
         match outcome:
-            case Delivered():
-                delivered += 1
             case Held():
                 log.warning(
                     "event refused, its aggregate waits",
-                    event_id=event.id,
-                    aggregate_type=event.aggregate_type,
-                    aggregate_id=event.aggregate_id,
+                    **about,
                     tries=outcome.tries,
                     attempts=outcome.attempts,
                     seconds=round(outcome.delay, 1),
                     error=outcome.error,
                 )
             case Dead():
-                log.error(
-                    "event is dead",
-                    event_id=event.id,
-                    aggregate_type=event.aggregate_type,
-                    aggregate_id=event.aggregate_id,
-                    error=outcome.error,
-                )
+                log.error("event is dead", **about, error=outcome.error)
     if delivered:
         log.debug("delivered", events=delivered)
 

@@ -14,27 +14,17 @@ from typing import Any, Final, LiteralString, NamedTuple
 
 import psycopg
 from psycopg import errors, sql
-from psycopg.adapt import Loader
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+from outbox_relay.database import APPLICATION_NAME, DatabaseUnavailableError, connect, one_line
 from outbox_relay.outbox import LANES
-from outbox_relay.outcome import Dead, Delivered, Event, Held, Hold, Settlement, boottime
+from outbox_relay.outcome import Dead, Event, Held, Hold, Settlement, boottime
 
-APPLICATION_NAME: Final = "outbox-relay"
 SWEEP: Final = 10_000
 DUE_HOLDS: Final = 256
 COUNT_LIMIT: Final = 10_000
 SETTLE_TRIES: Final = 3
 # Passing trouble between transactions, nothing that publishing had a part in: the statements alone are retried.
 _RETRIED: Final = (errors.SerializationFailure, errors.DeadlockDetected, errors.LockNotAvailable)
-
-
-class DatabaseUnavailableError(Exception):
-    """The connection was lost or could not be had. Whatever the batch locked is free again."""
-
-
-class LanesLostError(DatabaseUnavailableError):
-    """The session that locked the lanes has ended, or may end before a request would be answered."""
 
 
 class Lane(NamedTuple):
@@ -77,13 +67,7 @@ class Backlog(NamedTuple):
     oldest_pending_seconds: float | None
 
 
-class _Raw(Loader):
-    """JSON as the bytes that the producer wrote."""
-
-    def load(self, data: Any) -> bytes:
-        return bytes(data)
-
-
+_ID, _LANE, _PAYLOAD = (Event._fields.index(name) for name in ("id", "lane", "payload"))
 _COLUMNS: Final = (
     "id, event_id::text, aggregate_type::text, aggregate_id::text, lane, version, kind, channels::text[], "
 )
@@ -111,7 +95,7 @@ LIMIT %(limit)s
 
 # The bytes that the rows before a row take bound the batch; id order makes the cut a suffix of every aggregate.
 _READ_PENDING: Final = """
-SELECT {columns} CASE WHEN held THEN NULL ELSE payload END, tags, accepted, held
+SELECT {columns} CASE WHEN NOT held THEN payload::text END, tags::text, accepted
 FROM (
     SELECT e.*, h.head_id IS NOT NULL AS held,
            sum(pg_column_size(e.payload)) OVER (ORDER BY e.id) - pg_column_size(e.payload) AS bytes_before
@@ -129,7 +113,7 @@ ORDER BY id
 """
 
 _READ_DUE: Final = """
-SELECT {columns} payload, tags, accepted,
+SELECT {columns} payload::text, tags::text, accepted,
        hold_type, hold_id, head_id, tries, attempts,
        extract(epoch FROM first_refused_at)::float8, extract(epoch FROM refused_at)::float8
 FROM (
@@ -251,35 +235,6 @@ WHERE usename = current_user AND application_name = %(application_name)s AND pid
 """
 
 
-def connect(database_url: str, *, autocommit: bool = True) -> psycopg.Connection[Any]:
-    """Connect as the relay does: UTF-8, a primary, dead peers noticed, nothing that pgbouncer would miss.
-
-    Raises `DatabaseUnavailableError`; its text never holds the password.
-    """
-    scheme, separator, rest = database_url.partition("://")
-    if separator:
-        database_url = f"{scheme.partition('+')[0]}://{rest}"
-    try:
-        settings: dict[str, Any] = {
-            "connect_timeout": 5,
-            "application_name": APPLICATION_NAME,
-            "keepalives_idle": 5,
-            "keepalives_interval": 2,
-            "keepalives_count": 3,
-            "tcp_user_timeout": 10_000,
-            "target_session_attrs": "read-write",
-        } | conninfo_to_dict(database_url)
-        settings["client_encoding"] = "UTF8"
-        return psycopg.connect(make_conninfo("", **settings), autocommit=autocommit, prepare_threshold=None)
-    except psycopg.ProgrammingError:
-        # libpq's message quotes the part that it could not read, which may be the password.
-        raise DatabaseUnavailableError(
-            "the database URL cannot be read: check it, and quote special characters"
-        ) from None
-    except psycopg.OperationalError as error:
-        raise DatabaseUnavailableError(_one_line(error)) from None
-
-
 class Store:
     """One worker's connection to the outbox in `schema`.
 
@@ -296,8 +251,6 @@ class Store:
         batch_time: float = 1.0,
     ) -> None:
         self._connection = connect(database_url)
-        self._connection.adapters.register_loader("json", _Raw)
-        self._connection.adapters.register_loader("jsonb", _Raw)
         self.request_timeout = request_timeout
         self.batch_time = batch_time
         self.session_timeout = request_timeout + batch_time + 1.0
@@ -336,9 +289,7 @@ class Store:
             self._asked_at = boottime()
             self._connection.commit()
         except psycopg.Error as error:
-            if self._connection.closed or self._connection.broken:
-                raise LanesLostError(_one_line(error)) from error
-            raise DatabaseUnavailableError(_one_line(error)) from error
+            raise DatabaseUnavailableError(one_line(error)) from error
 
     def claim(self, after: int, lanes: int) -> Claim:
         """Lock up to `lanes` lanes with something to do, the first one after lane `after`.
@@ -374,11 +325,12 @@ class Store:
                     batch.events.append(Event._make(event))
         numbers = [lane.lane for lane in lanes]
         held: dict[int, list[int]] = {}
-        for row in self._execute(_READ_PENDING, lanes=numbers, quota=quota, max_bytes=max_bytes).fetchall():
-            if row[-1]:
-                held.setdefault(row[4], []).append(row[0])
+        rows = self._execute(_READ_PENDING, lanes=numbers, quota=quota, max_bytes=max_bytes)
+        for row in rows.fetchall():
+            if row[_PAYLOAD] is not None:
+                batch.events.append(Event._make(row))
             else:
-                batch.events.append(Event._make(row[:-1]))
+                held.setdefault(row[_LANE], []).append(row[_ID])
         if held:
             batch.parked = self._park(held, quota)
         return batch
@@ -402,12 +354,17 @@ class Store:
         readable, _, _ = select.select([self._connection.fileno()], [], [], 0)
         return not readable
 
-    def settle(self, settlements: Sequence[Settlement], holds: Mapping[tuple[str, str], Hold]) -> None:
-        """Write the outcomes behind a savepoint: the lanes stay locked whatever happens to the statements."""
+    def settle(
+        self, delivered: Sequence[int], refused: Sequence[Settlement], holds: Mapping[tuple[str, str], Hold]
+    ) -> None:
+        """Write what became of a batch: the ids delivered, the refused ones' outcomes, and the due holds' ends.
+
+        It happens behind a savepoint, so that the lanes stay locked whatever happens to the statements.
+        """
         for left in reversed(range(SETTLE_TRIES)):
             self._execute_raw("SAVEPOINT settle")
             try:
-                self._settle(settlements, holds)
+                self._settle(delivered, refused, holds)
                 self._execute_raw("RELEASE SAVEPOINT settle")
             except _RETRIED:
                 if not left:
@@ -416,31 +373,32 @@ class Store:
             else:
                 return
 
-    def _settle(self, settlements: Sequence[Settlement], holds: Mapping[tuple[str, str], Hold]) -> None:
-        delivered = [s.event.id for s in settlements if isinstance(s.outcome, Delivered)]
+    def _settle(
+        self, delivered: Sequence[int], refused: Sequence[Settlement], holds: Mapping[tuple[str, str], Hold]
+    ) -> None:
         if delivered:
             self._execute(_DELIVERED, ids=delivered)
-        dead = [(s, s.outcome) for s in settlements if isinstance(s.outcome, Dead)]
+        dead = [(s.event, s.outcome.error) for s in refused if isinstance(s.outcome, Dead)]
         if dead:
-            self._execute(_DEAD, **_heads([(s, outcome.error) for s, outcome in dead]))
-        held = [(s, s.outcome) for s in settlements if isinstance(s.outcome, Held)]
+            self._execute(_DEAD, ids=[event.id for event, _ in dead], errors=[error for _, error in dead])
+        held = [(s.event, s.outcome) for s in refused if isinstance(s.outcome, Held)]
         if held:
-            self._execute(_HEAD_PARKED, **_heads([(s, outcome.error) for s, outcome in held]))
-            for s, _ in held:
-                if s.accepted:
-                    self._execute(_ACCEPTED, id=s.event.id, accepted=[*(s.event.accepted or ()), *s.accepted])
-            self._execute(
-                _HOLD,
-                types=[s.event.aggregate_type for s, _ in held],
-                aggregates=[s.event.aggregate_id for s, _ in held],
-                lanes=[s.event.lane for s, _ in held],
-                ids=[s.event.id for s, _ in held],
-                delays=[outcome.delay for _, outcome in held],
-                tries=[outcome.tries for _, outcome in held],
-                attempts=[outcome.attempts for _, outcome in held],
-                errors=[outcome.error for _, outcome in held],
-            )
-        released = holds.keys() - {s.event.aggregate for s, _ in held}
+            columns = {
+                "types": [event.aggregate_type for event, _ in held],
+                "aggregates": [event.aggregate_id for event, _ in held],
+                "lanes": [event.lane for event, _ in held],
+                "ids": [event.id for event, _ in held],
+                "delays": [outcome.delay for _, outcome in held],
+                "tries": [outcome.tries for _, outcome in held],
+                "attempts": [outcome.attempts for _, outcome in held],
+                "errors": [outcome.error for _, outcome in held],
+            }
+            self._execute(_HEAD_PARKED, **columns)
+            self._execute(_HOLD, **columns)
+        for event, _, accepted in refused:
+            if accepted:
+                self._execute(_ACCEPTED, id=event.id, accepted=[*(event.accepted or ()), *accepted])
+        released = holds.keys() - {event.aggregate for event, _ in held}
         if released:
             self._execute(_RELEASE, types=[type_ for type_, _ in released], ids=[id_ for _, id_ in released])
 
@@ -465,7 +423,7 @@ class Store:
         try:
             rows: list[tuple[Any, ...]] = self._execute(query, **parameters).fetchall()
         except psycopg.Error as error:
-            raise DatabaseUnavailableError(_one_line(error)) from error
+            raise DatabaseUnavailableError(one_line(error)) from error
         return rows[0]
 
     def _execute(self, query: LiteralString, **parameters: Any) -> psycopg.Cursor[Any]:
@@ -485,7 +443,3 @@ class Store:
 
 def _heads(settlements: Sequence[tuple[Settlement, str]]) -> dict[str, list[Any]]:
     return {"ids": [s.event.id for s, _ in settlements], "errors": [error for _, error in settlements]}
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__

@@ -1,0 +1,40 @@
+-- Least privilege for an outbox in one schema. Run as a superuser or as the schema's owner, after `outbox-relay migrate`:
+--
+--   psql -v schema=public -v owner=outbox_owner -v writer=app -v relay=outbox_relay -f roles.sql
+--
+-- owner   owns the tables, runs migrations, cannot log in
+-- writer  the application: adds events and can do nothing else to them
+-- relay   claims and settles: reads, updates and deletes events, never adds one
+\set ON_ERROR_STOP on
+
+BEGIN;
+
+SELECT format('CREATE ROLE %I NOLOGIN', :'owner')
+WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = :'owner') \gexec
+SELECT format('CREATE ROLE %I LOGIN', :'writer')
+WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = :'writer') \gexec
+SELECT format('CREATE ROLE %I LOGIN', :'relay')
+WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = :'relay') \gexec
+
+GRANT USAGE, CREATE ON SCHEMA :"schema" TO :"owner";
+GRANT USAGE ON SCHEMA :"schema" TO :"writer", :"relay";
+
+ALTER TABLE :"schema".outbox OWNER TO :"owner";
+ALTER TABLE :"schema".outbox_lane OWNER TO :"owner";
+ALTER TABLE :"schema".outbox_hold OWNER TO :"owner";
+REVOKE ALL ON :"schema".outbox, :"schema".outbox_lane, :"schema".outbox_hold FROM PUBLIC;
+
+-- What the relay fills in (id, lane, state, accepted, settled_at, error, created_at) is not the writer's to set.
+GRANT INSERT (event_id, aggregate_type, aggregate_id, version, kind, channels, payload, tags, expires_at, traceparent)
+    ON :"schema".outbox TO :"writer";
+
+GRANT SELECT, UPDATE, DELETE ON :"schema".outbox TO :"relay";
+GRANT SELECT, UPDATE ON :"schema".outbox_lane TO :"relay";
+GRANT SELECT, INSERT, UPDATE, DELETE ON :"schema".outbox_hold TO :"relay";
+
+-- Absent where the application's own migrations made the tables.
+SELECT format('ALTER TABLE %I.outbox_relay_version OWNER TO %I; GRANT SELECT ON %I.outbox_relay_version TO %I',
+              :'schema', :'owner', :'schema', :'relay')
+WHERE to_regclass(format('%I.outbox_relay_version', :'schema')) IS NOT NULL \gexec
+
+COMMIT;
