@@ -1,7 +1,14 @@
-"""The one way to wait for something that sends no event."""
+"""How tests wait: always for something, and never for ever."""
 
+from __future__ import annotations
+
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
 
 PATIENCE = 20.0
 """Seconds that nothing in these tests takes unless it is broken."""
@@ -14,3 +21,11 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = PATI
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {seconds:g} s: {what}")
         time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def in_background(function: Callable[[], T]) -> Iterator[Callable[[], T]]:
+    """Run `function` in a thread while the block runs; call what is yielded for its result."""
+    with ThreadPoolExecutor(1) as executor:
+        future = executor.submit(function)
+        yield lambda: future.result(PATIENCE)
