@@ -157,6 +157,10 @@ class TestPostgres:
         eventually(lambda: not listens(server.port), "the port is closed")
         server.close()
 
+    def test_ctrl_c_in_a_terminal_does_not_reach_it(self) -> None:
+        with Postgres() as server:
+            assert os.getpgid(server.pid) != os.getpgid(0)
+
     def test_it_outlives_the_thread_that_started_it(self) -> None:
         server = Postgres()
         starter = threading.Thread(target=server.start)
