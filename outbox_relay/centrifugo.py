@@ -96,7 +96,7 @@ class Centrifugo:
                     return _status_outage(response)
                 content = _read(response, _REPLY_FLOOR + commands * _REPLY_BYTES_PER_COMMAND)
         except httpx.TimeoutException as error:
-            return Outage(f"no answer within {self.timeout:g} s ({type(error).__name__})", timed_out=True)
+            return Outage(f"no answer within {self.timeout:g} s ({type(error).__name__})")
         except httpx.HTTPError as error:
             return Outage(_describe(error))
         if content is None:

@@ -151,7 +151,7 @@ def _centrifugo(settings: Settings) -> Iterator[Finding]:
         yield Finding(
             False,
             f"Centrifugo: {outage.reason}",
-            "check OUTBOX_RELAY_CENTRIFUGO_URL (the internal port, if there is one) and OUTBOX_RELAY_CENTRIFUGO_API_KEY",
+            "check OUTBOX_RELAY_CENTRIFUGO_URL (its internal port, if it has one) and OUTBOX_RELAY_CENTRIFUGO_API_KEY",
         )
 
 

@@ -111,6 +111,7 @@ CREATE TABLE {schema}.outbox_hold (
     head_id bigint NOT NULL,
     tries integer NOT NULL,
     attempts integer NOT NULL,
+    alone boolean NOT NULL DEFAULT false,
     first_refused_at timestamptz NOT NULL,
     refused_at timestamptz NOT NULL,
     error text,

@@ -359,6 +359,7 @@ def tables(metadata: sa.MetaData, schema: str | None = None) -> sa.MetaData:
         sa.Column("head_id", sa.BigInteger, nullable=False),
         sa.Column("tries", sa.Integer, nullable=False),
         sa.Column("attempts", sa.Integer, nullable=False),
+        sa.Column("alone", sa.Boolean, nullable=False, server_default=sa.false()),
         sa.Column("first_refused_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("refused_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("error", sa.Text),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -34,6 +34,7 @@ class Event(NamedTuple):
     payload: str
     tags: str | None
     accepted: list[str] | None
+    created_at: float
 
     @property
     def aggregate(self) -> tuple[str, str]:
@@ -70,37 +71,41 @@ ACCEPTED: Final = Reply(())
 class Outage:
     """A request that failed whole: no event's fault until something else is accepted.
 
-    `retry_after` is Centrifugo's or a proxy's own wish, in seconds. `timed_out` says that a smaller request
-    may pass where this one did not.
+    `retry_after` is Centrifugo's or a proxy's own wish, in seconds.
     """
 
     reason: str
     retry_after: float | None = None
-    timed_out: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Hold:
     """An aggregate that waits. Everything counts for the head event alone, and starts anew with the next.
 
-    `tries` are refusals in a row, `attempts` those that were the event's own fault.
+    `tries` are refusals in a row, `attempts` those that were the event's own fault. `alone` says that requests
+    failed whole because of the head, so that it is sent in a request of its own.
     """
 
     head_id: int
     tries: int
     attempts: int
+    alone: bool
     first_refused_at: float
     refused_at: float
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """When an event is given up, and how long its aggregate waits in between; seconds."""
+    """When an event is given up, and how long its aggregate waits in between; seconds.
+
+    `wait_after_dead`: the aggregate's later events wait for a person to requeue or discard the dead one.
+    """
 
     max_attempts: int = 10
     min_age: float = 15 * 60
     backoff_base: float = 1.0
     backoff_max: float = 60.0
+    wait_after_dead: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +116,15 @@ class Held:
     attempts: int
     delay: float
     error: str
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Dead:
-    """The event is given up, with its reason."""
+    """The event is given up, with its reason; `wait` says that its aggregate waits for a person."""
 
     error: str
+    wait: bool = False
 
 
 Outcome = Held | Dead
@@ -136,6 +143,8 @@ class Settlement(NamedTuple):
 PERMANENT: Final = frozenset({104, 107})
 # "Internal": a broker failure, or anything at all. It says nothing about the event, so it never kills one.
 INTERNAL: Final = 100
+# None of Centrifugo's codes: the request failed whole, with this event alone in it.
+WHOLE_REQUEST: Final = 0
 
 
 def namespace(channel: str) -> str:
@@ -169,7 +178,9 @@ def decide(
     """
     codes = {refusal.code for refusal in reply.refusals}
     first = reply.refusals[0]
-    error = f"Centrifugo refused channel {first.channel!r} with {first.code}: {first.message}"[:1000]
+    alone = WHOLE_REQUEST in codes
+    refused = f"Centrifugo refused channel {first.channel!r} with {first.code}: {first.message}"
+    error = (f"sent alone, its request failed: {first.message}" if alone else refused)[:1000]
     if hold is None:
         tries, attempts, age = 1, 0, 0.0
     else:
@@ -177,9 +188,9 @@ def decide(
         tries, attempts, age = hold.tries + 1, hold.attempts + blamed, now - hold.first_refused_at
         hopeless = bool(codes & PERMANENT) or (attempts >= policy.max_attempts and age >= policy.min_age)
         if blamed and hopeless:
-            return Dead(error)
+            return Dead(error, policy.wait_after_dead)
     delay = backoff(tries, policy.backoff_base, policy.backoff_max, jitter)
-    return Held(tries=tries, attempts=attempts, delay=delay, error=error)
+    return Held(tries=tries, attempts=attempts, delay=delay, error=error, alone=alone)
 
 
 def judge(
@@ -187,7 +198,7 @@ def judge(
     holds: Mapping[tuple[str, str], Hold],
     accepted_at: Mapping[str, float],
     now: float,
-    policy: Policy,
+    policy_of: Callable[[str], Policy],
     *,
     anything_accepted: bool,
 ) -> tuple[list[Settlement], Outage | None]:
@@ -196,6 +207,7 @@ def judge(
     `holds` are the due ones, by aggregate; `accepted_at` says for each namespace when the last request was
     sent in which it accepted something. Where nothing at all was accepted, an internal error is the broker's:
     the events stay as they are and the relay pauses. An event that was held before brings no such news.
+    `policy_of` gives the policy of an aggregate type.
     """
     settlements: list[Settlement] = []
     outage: Outage | None = None
@@ -207,5 +219,71 @@ def judge(
             continue
         others = min(accepted_at.get(namespace(refusal.channel), 0.0) for refusal in reply.refusals)
         own_hold = hold if hold is not None and hold.head_id == event.id else None
-        settlements.append(Settlement(event, decide(reply, own_hold, others, now, policy), reply.accepted))
+        outcome = decide(reply, own_hold, others, now, policy_of(event.aggregate_type))
+        settlements.append(Settlement(event, outcome, reply.accepted))
     return settlements, outage
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Group:
+    failed_at: float
+
+
+class Suspects:
+    """Events of requests that failed whole, kept apart from all others until it is known who is guilty.
+
+    A group is a request of its own. One that fails again although something was accepted since is halved; one
+    that passes is cleared. So a real outage splits nothing, and one bad event is found among 1,000 in about 20
+    requests, while all others go on. At most `limit` ids are remembered, the newest.
+    """
+
+    def __init__(self, limit: int = 10_000) -> None:
+        self._limit = limit
+        self._group_of: dict[int, _Group] = {}
+
+    def part(self, events: list[Event], alone: Container[int]) -> tuple[list[Event], list[list[Event]]]:
+        """Split a batch into the events that are free to go and the requests of suspects.
+
+        Ids in `alone` get a request each. A suspect's successors are in neither: they wait for its answer.
+        """
+        if not self._group_of and not alone:
+            return events, []
+        free: list[Event] = []
+        requests: dict[_Group | int, list[Event]] = {}
+        behind: set[tuple[str, str]] = set()
+        for event in events:
+            if event.aggregate in behind:
+                continue
+            group = event.id if event.id in alone else self._group_of.get(event.id)
+            if group is None:
+                free.append(event)
+            else:
+                requests.setdefault(group, []).append(event)
+                behind.add(event.aggregate)
+        return free, list(requests.values())
+
+    def failed(self, events: Sequence[Event], now: float, accepted_at: float) -> bool:
+        """Note that a request failed whole. Returns whether that is the fault of the one event in it.
+
+        `accepted_at` is when the last request was sent in which anything was accepted.
+        """
+        known = self._group_of.get(events[0].id)
+        others_pass = known is not None and accepted_at > known.failed_at
+        if others_pass and len(events) == 1:
+            self.answered(events)
+            return True
+        middle = (len(events) + 1) // 2 if known is None or others_pass else len(events)
+        for half in (events[:middle], events[middle:]):
+            group = _Group(now)
+            for event in half:
+                self._group_of.pop(event.id, None)
+                self._group_of[event.id] = group
+        while len(self._group_of) > self._limit:
+            del self._group_of[next(iter(self._group_of))]
+        return False
+
+    def answered(self, events: Sequence[Event]) -> None:
+        """Clear events that got an answer of their own."""
+        if self._group_of:
+            for event in events:
+                self._group_of.pop(event.id, None)

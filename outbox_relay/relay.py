@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import enum
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
 from types import TracebackType
 from typing import Final, Protocol, Self
 
@@ -17,13 +18,16 @@ from outbox_relay.database import DatabaseUnavailableError
 from outbox_relay.log import get_logger
 from outbox_relay.outcome import (
     ACCEPTED,
+    WHOLE_REQUEST,
     Dead,
     Event,
     Held,
     Outage,
     Policy,
+    Refusal,
     Reply,
     Settlement,
+    Suspects,
     backoff,
     boottime,
     judge,
@@ -35,7 +39,7 @@ log = get_logger()
 
 WAVE_SHRINKAGE: Final = 4
 """A wave with less than this part of the first one's events waits for the next batch, with fuller company."""
-PROBE_EVENTS: Final = 64
+PROBE_LANES: Final = 4
 OTHERS_WAIT: Final = 0.02
 RETRY_AFTER_MAX: Final = 60.0
 
@@ -70,6 +74,11 @@ class Options:
     stop_timeout: float = 10.0
     limits: Limits = field(default_factory=Limits)
     policy: Policy = field(default_factory=Policy)
+    policies: Mapping[str, Policy] = field(default_factory=dict)
+    """By aggregate type, where it differs from `policy`."""
+
+    def policy_of(self, aggregate_type: str) -> Policy:
+        return self.policies.get(aggregate_type, self.policy)
 
 
 class Publisher(Protocol):
@@ -78,6 +87,25 @@ class Publisher(Protocol):
     def publish(self, events: Sequence[Event]) -> list[Reply] | Outage: ...
 
     def close(self) -> None: ...
+
+
+class Observer(Protocol):
+    """Who counts what happens. Called after the fact, by several threads; must not raise."""
+
+    def request(self, events: int, seconds: float, outage: Outage | None) -> None: ...
+
+    def batch(self, delivered: Sequence[Event], settlements: Sequence[Settlement], now: float) -> None:
+        """One committed batch. `now` is on the database's clock, as the events' `created_at`."""
+
+
+class Unobserved:
+    """Nobody counts."""
+
+    def request(self, events: int, seconds: float, outage: Outage | None) -> None:
+        """Do nothing."""
+
+    def batch(self, delivered: Sequence[Event], settlements: Sequence[Settlement], now: float) -> None:
+        """Do nothing."""
 
 
 class Ended(enum.Enum):
@@ -126,8 +154,10 @@ def waves(events: Iterable[Event], limits: Limits) -> list[list[Event]]:
 class Sent:
     """What is known of a batch after its requests: events without an answer are in neither list."""
 
-    delivered: list[int] = field(default_factory=list)
+    delivered: list[Event] = field(default_factory=list)
     refused: list[tuple[Event, Reply]] = field(default_factory=list)
+    behind: set[tuple[str, str]] = field(default_factory=set)
+    """Aggregates of which nothing more may be sent in this batch."""
     anything_accepted: bool = False
     outage: Outage | None = None
 
@@ -141,6 +171,9 @@ class Worker:
         self._options = options
         self._shared = shared
         self._after = 0
+        # A new session, so also the one after a settle or a commit that failed, proves first that outcomes can
+        # be written: else a full disk or a lost grant would publish the same events again and again.
+        self._untried = True
 
     def run_once(self) -> bool:
         """Deliver one batch, and return whether there was anything to do.
@@ -149,68 +182,92 @@ class Worker:
         point leaves the events as they were. Raises `DatabaseUnavailableError`; nothing is lost then, and at
         most this batch is published again.
         """
-        if not self._store.anything_to_do():
-            return False
         options = self._options
+        if self._untried:
+            self._store.prove_writable()
         with self._store.batch():
-            claim = self._store.claim(after=self._after, lanes=options.lanes)
+            # While nothing is known to be accepted, a few events are enough to find out.
+            lanes = PROBE_LANES if self._shared.pause.outage else options.lanes
+            claim = self._store.claim(after=self._after, lanes=lanes)
             if not claim.lanes:
                 return False
             self._after = claim.lanes[-1].lane
             batch = self._store.read(
                 claim.lanes,
-                events=self._shared.pause.batch_events(options.batch_events),
+                events=min(options.batch_events, lanes * options.events_per_lane),
                 per_lane=options.events_per_lane,
                 max_bytes=options.batch_bytes,
             )
+            if self._untried:
+                self._store.rehearse([event.id for event in batch.events])
             sent = self._publish(batch, claim.clock)
             settlements, trouble = judge(
                 sent.refused,
                 batch.holds,
                 self._shared.accepted_at,
                 claim.clock.now(),
-                options.policy,
+                options.policy_of,
                 anything_accepted=sent.anything_accepted,
             )
             if sent.delivered or settlements or batch.holds:
-                self._store.settle(sent.delivered, settlements, batch.holds)
+                self._store.settle([event.id for event in sent.delivered], settlements, batch.holds)
+        self._untried = False
         outage = sent.outage or trouble
         self._shared.pause.report(outage, answered=bool(sent.delivered or settlements))
+        self._shared.observer.batch(sent.delivered, settlements, claim.clock.now())
         _log_outcomes(len(sent.delivered), settlements)
         return bool(sent.delivered or settlements or batch.parked or outage)
 
     def _publish(self, batch: Batch, clock: Clock) -> Sent:
-        """Send the batch wave by wave until it is sent, its time is over, or a request fails whole."""
+        """Send the batch wave by wave, suspects last, until it is sent, its time is over or there is an outage."""
         sent = Sent()
-        behind: set[tuple[str, str]] = set()  # aggregates whose successors wait
-        planned = waves(batch.events, self._options.limits)
+        alone = {hold.head_id for hold in batch.holds.values() if hold.alone}
+        free, suspects = self._shared.suspects.part(batch.events, alone)
+        planned = waves(free, self._options.limits)
+        full = list(takewhile(lambda wave: len(wave) * WAVE_SHRINKAGE >= len(planned[0]), planned))
+        if suspects:
+            sent.behind.update(event.aggregate for wave in planned[len(full) :] for event in wave)
         ends_at = boottime() + self._options.batch_time
-        for number, wave in enumerate(planned):
-            late = self._shared.stopping.is_set() or boottime() >= ends_at
-            if number and (late or len(wave) * WAVE_SHRINKAGE < len(planned[0])):
+        for number, wave in enumerate([*full, *suspects]):
+            if number and (self._shared.stopping.is_set() or boottime() >= ends_at):
                 break
-            events = [event for event in wave if event.aggregate not in behind] if behind else wave
+            events = [event for event in wave if event.aggregate not in sent.behind] if sent.behind else wave
             if not events:
                 continue
             if not self._store.still_ours():
                 break
-            sent_at = clock.now()
-            replies = self._publisher.publish(events)
-            if isinstance(replies, Outage):
-                sent.outage = replies
+            outage = self._send(events, clock, sent)
+            if outage is None:
+                continue
+            if events[0].id in alone or self._shared.failed(events, clock):
+                refusals = (Refusal(channel, WHOLE_REQUEST, outage.reason) for channel in events[0].unsent)
+                sent.refused.append((events[0], Reply(tuple(refusals))))
+            elif number < len(full) or not sent.anything_accepted:
+                sent.outage = outage
                 break
-            accepted: set[str] = set()
-            for event, reply in zip(events, replies, strict=True):
-                if reply is ACCEPTED:
-                    sent.delivered.append(event.id)
-                    accepted.update(event.channels)
-                else:
-                    sent.refused.append((event, reply))
-                    behind.add(event.aggregate)
-                    accepted.update(reply.accepted)
-            sent.anything_accepted |= bool(accepted)
-            self._shared.accepted_at.update(dict.fromkeys(map(namespace, accepted), sent_at))
+            sent.behind.update(event.aggregate for event in events)
         return sent
+
+    def _send(self, events: Sequence[Event], clock: Clock, sent: Sent) -> Outage | None:
+        """Send one request and note its answers in `sent`."""
+        sent_at, started = clock.now(), boottime()
+        replies = self._publisher.publish(events)
+        outage = replies if isinstance(replies, Outage) else None
+        self._shared.observer.request(len(events), boottime() - started, outage)
+        if isinstance(replies, Outage):
+            return replies
+        accepted: set[str] = set()
+        for event, reply in zip(events, replies, strict=True):
+            if reply is ACCEPTED:
+                sent.delivered.append(event)
+                accepted.update(event.channels)
+            else:
+                sent.refused.append((event, reply))
+                sent.behind.add(event.aggregate)
+                accepted.update(reply.accepted)
+        sent.anything_accepted |= bool(accepted)
+        self._shared.answered(events, accepted, sent_at)
+        return None
 
 
 def _log_outcomes(delivered: int, settlements: Iterable[Settlement]) -> None:
@@ -241,15 +298,10 @@ class Pause:
         self._probe = threading.Lock()
         self._tries = 0
         self._until = 0.0
-        self._events = options.batch_events
 
     @property
     def outage(self) -> bool:
         return self._tries > 0
-
-    def batch_events(self, usual: int) -> int:
-        """How many events to read: few while it is not known whether Centrifugo takes any."""
-        return min(usual, self._events)
 
     def report(self, outage: Outage | None, *, answered: bool) -> None:
         """Take note of how a batch went."""
@@ -260,14 +312,12 @@ class Pause:
                 if outage.retry_after is not None:
                     delay = max(delay, min(outage.retry_after, RETRY_AFTER_MAX))
                 self._until = boottime() + delay
-                self._events = max(1, self._events // 2 if outage.timed_out else min(self._events, PROBE_EVENTS))
                 if self._tries == 1:
                     log.warning("outage: nothing is published, no event is blamed", reason=outage.reason)
             elif answered:
                 if self._tries:
                     log.info("outage is over", failed_requests=self._tries)
                 self._tries = 0
-                self._events = min(self._options.batch_events, self._events * 2)
 
     @contextmanager
     def turn(self, stopping: threading.Event) -> Iterator[None]:
@@ -289,8 +339,24 @@ class Shared:
     """What the workers of one relay know together."""
 
     pause: Pause
+    observer: Observer = field(default_factory=Unobserved)
     stopping: threading.Event = field(default_factory=threading.Event)
+    suspects: Suspects = field(default_factory=Suspects)
     accepted_at: dict[str, float] = field(default_factory=dict)
+    """By namespace: when the last request was sent in which it accepted something."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def answered(self, events: Sequence[Event], accepted: Iterable[str], sent_at: float) -> None:
+        """Note which channels accepted something in a request sent at `sent_at`."""
+        with self._lock:
+            for name in set(map(namespace, accepted)):
+                self.accepted_at[name] = max(sent_at, self.accepted_at.get(name, 0.0))
+            self.suspects.answered(events)
+
+    def failed(self, events: Sequence[Event], clock: Clock) -> bool:
+        """Note a request that failed whole, and say whether its only event is to blame."""
+        with self._lock:
+            return self.suspects.failed(events, clock.now(), max(self.accepted_at.values(), default=0.0))
 
 
 class Relay:
@@ -305,11 +371,12 @@ class Relay:
         open_store: Callable[[], Store],
         open_publisher: Callable[[], Publisher],
         options: Options | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self._open_store = open_store
         self._open_publisher = open_publisher
         self._options = options or Options()
-        self._shared = Shared(Pause(self._options))
+        self._shared = Shared(Pause(self._options), observer or Unobserved())
         self._threads: list[threading.Thread] = []
         self._until_empty = False
         self._ended = Ended.STOPPED
@@ -365,14 +432,19 @@ class Relay:
         """One worker's life: connect, deliver batches, and after the database was lost connect again."""
         stopping = self._shared.stopping
         failures = 0
+
+        def recovered() -> None:
+            nonlocal failures
+            if failures:
+                log.info("database is back", worker=number)
+            failures = 0
+
         try:
             while not stopping.is_set():
                 try:
                     with closing(self._open_store()) as store, closing(self._open_publisher()) as publisher:
-                        if failures:
-                            log.info("database is back", worker=number)
-                        failures = 0
-                        self._deliver(Worker(store, publisher, self._options, self._shared), store, watch=number == 0)
+                        worker = Worker(store, publisher, self._options, self._shared)
+                        self._deliver(worker, store, recovered, watch=number == 0)
                 except DatabaseUnavailableError as error:
                     failures += 1
                     if failures == 1:
@@ -383,14 +455,16 @@ class Relay:
             self._ended = Ended.FAILED
             stopping.set()
 
-    def _deliver(self, worker: Worker, store: Store, *, watch: bool) -> None:
+    def _deliver(self, worker: Worker, store: Store, succeeded: Callable[[], None], *, watch: bool) -> None:
         """Batches at once while there is work, growing waits while there is none, until asked to stop."""
-        stopping, pause = self._shared.stopping, self._shared.pause
+        stopping = self._shared.stopping
+        busy = False
         idle = self._options.poll_min
         watched_at = boottime()
         while not stopping.is_set():
-            with pause.turn(stopping):
-                busy = not stopping.is_set() and worker.run_once()
+            with self._shared.pause.turn(stopping):
+                busy = not stopping.is_set() and (busy or store.anything_to_do()) and worker.run_once()
+            succeeded()
             if watch and boottime() - watched_at > store.session_timeout / 2:
                 watched_at = boottime()
                 if ended := store.end_stuck_sessions():

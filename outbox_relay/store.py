@@ -6,6 +6,7 @@ of `outbox_lane` are the fence, and everything that changes an event's or a hold
 
 from __future__ import annotations
 
+import math
 import select
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from psycopg import errors, sql
 
 from outbox_relay.database import APPLICATION_NAME, DatabaseUnavailableError, connect, one_line
 from outbox_relay.outbox import LANES
-from outbox_relay.outcome import Dead, Event, Held, Hold, Settlement, boottime
+from outbox_relay.outcome import Dead, Event, Held, Hold, Outcome, Settlement, boottime
 
 SWEEP: Final = 10_000
 DUE_HOLDS: Final = 256
@@ -95,7 +96,8 @@ LIMIT %(limit)s
 
 # The bytes that the rows before a row take bound the batch; id order makes the cut a suffix of every aggregate.
 _READ_PENDING: Final = """
-SELECT {columns} CASE WHEN NOT held THEN payload::text END, tags::text, accepted
+SELECT {columns} CASE WHEN NOT held THEN payload::text END, tags::text, accepted,
+       extract(epoch FROM created_at)::float8
 FROM (
     SELECT e.*, h.head_id IS NOT NULL AS held,
            sum(pg_column_size(e.payload)) OVER (ORDER BY e.id) - pg_column_size(e.payload) AS bytes_before
@@ -113,15 +115,15 @@ ORDER BY id
 """
 
 _READ_DUE: Final = """
-SELECT {columns} payload::text, tags::text, accepted,
-       hold_type, hold_id, head_id, tries, attempts,
+SELECT {columns} payload::text, tags::text, accepted, extract(epoch FROM created_at)::float8,
+       hold_type, hold_id, head_id, tries, attempts, alone,
        extract(epoch FROM first_refused_at)::float8, extract(epoch FROM refused_at)::float8
 FROM (
     SELECT e.*, h.*,
            sum(pg_column_size(e.payload)) OVER (ORDER BY e.id) - pg_column_size(e.payload) AS bytes_before
     FROM (
         SELECT aggregate_type::text AS hold_type, aggregate_id::text AS hold_id,
-               head_id, tries, attempts, first_refused_at, refused_at
+               head_id, tries, attempts, alone, first_refused_at, refused_at
         FROM {outbox_hold}
         WHERE lane = ANY(%(lanes)s::smallint[]) AND due_at <= statement_timestamp()
         ORDER BY due_at LIMIT %(holds)s
@@ -171,17 +173,18 @@ _ACCEPTED: Final = "UPDATE {outbox} SET accepted = %(accepted)s::text[] WHERE id
 
 _HOLD: Final = """
 INSERT INTO {outbox_hold} AS h
-    (aggregate_type, aggregate_id, lane, head_id, due_at, tries, attempts, first_refused_at, refused_at, error)
-SELECT s.type, s.id, s.lane, s.head_id, clock_timestamp() + s.delay * interval '1 second', s.tries, s.attempts,
-       clock_timestamp(), clock_timestamp(), s.error
+    (aggregate_type, aggregate_id, lane, head_id, due_at, tries, attempts, alone, first_refused_at, refused_at, error)
+SELECT s.type, s.aggregate, s.lane, s.id,
+       CASE WHEN s.delay < 'infinity' THEN clock_timestamp() + s.delay * interval '1 second' ELSE 'infinity' END,
+       s.tries, s.attempts, s.alone, clock_timestamp(), clock_timestamp(), s.error
 FROM unnest(%(types)s::text[], %(aggregates)s::text[], %(lanes)s::smallint[], %(ids)s::bigint[],
-            %(delays)s::float8[], %(tries)s::int[], %(attempts)s::int[], %(errors)s::text[])
-     AS s(type, id, lane, head_id, delay, tries, attempts, error)
+            %(delays)s::float8[], %(tries)s::int[], %(attempts)s::int[], %(alone)s::bool[], %(errors)s::text[])
+     AS s(type, aggregate, lane, id, delay, tries, attempts, alone, error)
 ON CONFLICT (aggregate_type, aggregate_id) DO UPDATE SET
-    due_at = excluded.due_at, tries = excluded.tries, attempts = excluded.attempts, error = excluded.error,
+    due_at = excluded.due_at, tries = excluded.tries, attempts = excluded.attempts, alone = excluded.alone,
+    error = excluded.error, refused_at = excluded.refused_at, head_id = excluded.head_id,
     first_refused_at = CASE WHEN h.head_id = excluded.head_id THEN h.first_refused_at
-                            ELSE excluded.first_refused_at END,
-    refused_at = excluded.refused_at, head_id = excluded.head_id
+                            ELSE excluded.first_refused_at END
 """
 
 # The hold ends when nothing of the aggregate is parked any more; else its next event is due now, as a new head.
@@ -198,10 +201,20 @@ WITH due AS (
     WHERE h.aggregate_type = due.type AND h.aggregate_id = due.id AND due.next_id IS NULL
 )
 UPDATE {outbox_hold} AS h
-SET head_id = due.next_id, due_at = clock_timestamp(), tries = 0, attempts = 0, error = NULL,
+SET head_id = due.next_id, due_at = clock_timestamp(), tries = 0, attempts = 0, alone = false, error = NULL,
     first_refused_at = clock_timestamp(), refused_at = clock_timestamp()
 FROM due
 WHERE h.aggregate_type = due.type AND h.aggregate_id = due.id AND h.head_id <> due.next_id
+"""
+
+_DELIVERED_AND_DELETED: Final = """
+DELETE FROM {outbox} WHERE id = ANY(%(ids)s::bigint[]) AND state IN ('pending', 'parked')
+"""
+
+# A small write that must commit: where the disk is full, a transaction may fail as late as that.
+_WRITE: Final = """
+UPDATE {outbox_lane} SET lane = lane
+WHERE lane = (SELECT lane FROM {outbox_lane} LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED)
 """
 
 _LEFT: Final = """
@@ -249,10 +262,11 @@ class Store:
         schema: str = "public",
         request_timeout: float = 3.0,
         batch_time: float = 1.0,
+        keep_delivered: bool = True,
     ) -> None:
         self._connection = connect(database_url)
         self.request_timeout = request_timeout
-        self.batch_time = batch_time
+        self._delivered = _DELIVERED if keep_delivered else _DELIVERED_AND_DELETED
         self.session_timeout = request_timeout + batch_time + 1.0
         self._asked_at = boottime()
         self._names: Mapping[str, Any] = {
@@ -310,19 +324,11 @@ class Store:
         due = [lane.lane for lane in lanes if lane.has_due_hold]
         if due:
             rows = self._execute(_READ_DUE, lanes=due, holds=DUE_HOLDS, quota=per_lane, max_bytes=max_bytes)
-            for (
-                *event,
-                aggregate_type,
-                aggregate_id,
-                head_id,
-                tries,
-                attempts,
-                first,
-                last,
-            ) in rows.fetchall():
-                batch.holds[aggregate_type, aggregate_id] = Hold(head_id, tries, attempts, first, last)
-                if event[0] is not None:
-                    batch.events.append(Event._make(event))
+            for row in rows.fetchall():
+                aggregate_type, aggregate_id, *hold = row[len(Event._fields) :]
+                batch.holds[aggregate_type, aggregate_id] = Hold(*hold)
+                if row[_ID] is not None:
+                    batch.events.append(Event._make(row[: len(Event._fields)]))
         numbers = [lane.lane for lane in lanes]
         held: dict[int, list[int]] = {}
         rows = self._execute(_READ_PENDING, lanes=numbers, quota=quota, max_bytes=max_bytes)
@@ -354,6 +360,17 @@ class Store:
         readable, _, _ = select.select([self._connection.fileno()], [], [], 0)
         return not readable
 
+    def prove_writable(self) -> None:
+        """Commit a small write, so that nothing is published by a relay that could not record it."""
+        with self.batch():
+            self._execute(_WRITE)
+
+    def rehearse(self, ids: Sequence[int]) -> None:
+        """Write the outcome that these events would have if all are delivered, and take it back."""
+        self._execute_raw("SAVEPOINT rehearsal")
+        self._execute(self._delivered, ids=ids)
+        self._execute_raw("ROLLBACK TO SAVEPOINT rehearsal")
+
     def settle(
         self, delivered: Sequence[int], refused: Sequence[Settlement], holds: Mapping[tuple[str, str], Hold]
     ) -> None:
@@ -377,11 +394,11 @@ class Store:
         self, delivered: Sequence[int], refused: Sequence[Settlement], holds: Mapping[tuple[str, str], Hold]
     ) -> None:
         if delivered:
-            self._execute(_DELIVERED, ids=delivered)
+            self._execute(self._delivered, ids=delivered)
         dead = [(s.event, s.outcome.error) for s in refused if isinstance(s.outcome, Dead)]
         if dead:
             self._execute(_DEAD, ids=[event.id for event, _ in dead], errors=[error for _, error in dead])
-        held = [(s.event, s.outcome) for s in refused if isinstance(s.outcome, Held)]
+        held = [(s.event, _hold(s.outcome)) for s in refused if isinstance(s.outcome, Held) or s.outcome.wait]
         if held:
             columns = {
                 "types": [event.aggregate_type for event, _ in held],
@@ -391,6 +408,7 @@ class Store:
                 "delays": [outcome.delay for _, outcome in held],
                 "tries": [outcome.tries for _, outcome in held],
                 "attempts": [outcome.attempts for _, outcome in held],
+                "alone": [outcome.alone for _, outcome in held],
                 "errors": [outcome.error for _, outcome in held],
             }
             self._execute(_HEAD_PARKED, **columns)
@@ -443,3 +461,8 @@ class Store:
 
 def _heads(settlements: Sequence[tuple[Settlement, str]]) -> dict[str, list[Any]]:
     return {"ids": [s.event.id for s, _ in settlements], "errors": [error for _, error in settlements]}
+
+
+def _hold(outcome: Outcome) -> Held:
+    """The hold that a refused event's outcome asks for: after a dead one, until a person ends it."""
+    return outcome if isinstance(outcome, Held) else Held(0, 0, math.inf, outcome.error)
