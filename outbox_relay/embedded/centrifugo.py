@@ -112,7 +112,7 @@ class Centrifugo:
         self._ports = ports
         self._process: Process | None = None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        self.api_key = secrets.token_urlsafe(24)
+        self.api_key = secrets.token_hex(16)
 
     def __enter__(self) -> Self:
         try:
