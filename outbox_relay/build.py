@@ -6,7 +6,7 @@ from functools import partial
 
 from outbox_relay import config
 from outbox_relay.centrifugo import Centrifugo
-from outbox_relay.config import ConfigError, Settings
+from outbox_relay.config import ConfigError, Settings, TypeSettings
 from outbox_relay.outcome import Policy
 from outbox_relay.relay import Limits, Options, Relay
 from outbox_relay.store import Store
@@ -25,6 +25,7 @@ def build_store(settings: Settings) -> Store:
         schema=settings.schema,
         request_timeout=settings.request_timeout,
         batch_time=settings.batch_time,
+        keep_delivered=settings.keep > 0,
     )
 
 
@@ -55,10 +56,20 @@ def options(settings: Settings) -> Options:
         limits=Limits(
             events=settings.request_events, bytes=settings.request_bytes, channel_bytes=settings.channel_bytes
         ),
-        policy=Policy(
-            max_attempts=settings.max_attempts,
-            min_age=settings.min_age,
-            backoff_base=settings.backoff_base,
-            backoff_max=settings.backoff_max,
-        ),
+        policy=policy(settings),
+        policies={name: policy(settings, own) for name, own in settings.types.items()},
+        keep=settings.keep,
+        keep_dead=settings.keep_dead,
+    )
+
+
+def policy(settings: Settings, own: TypeSettings | None = None) -> Policy:
+    """The policy of one aggregate type: its own settings where it has some, else the relay's."""
+    own = own or TypeSettings()
+    return Policy(
+        max_attempts=settings.max_attempts if own.max_attempts is None else own.max_attempts,
+        min_age=settings.min_age if own.min_age is None else own.min_age,
+        backoff_base=settings.backoff_base if own.backoff_base is None else own.backoff_base,
+        backoff_max=settings.backoff_max if own.backoff_max is None else own.backoff_max,
+        wait_after_dead=own.after_dead == "wait",
     )

@@ -141,7 +141,7 @@ def _command(event: Event) -> str:
         target = f'"broadcast":{{"channels":[{",".join(map(_quote, channels))}]'
     own_tags = f",{event.tags[1:]}" if event.tags and event.tags != "{}" else "}"
     return (
-        f'{{{target},"data":{event.payload},"idempotency_key":"{event.event_id}:{event.id}",'
+        f'{{{target},"data":{event.payload},"idempotency_key":"{event.idempotency_key}",'
         f'"tags":{{"ob":"{WIRE_VERSION}","ob_type":{_quote(event.aggregate_type)},'
         f'"ob_id":{_quote(event.aggregate_id)},"ob_version":"{event.version}","ob_event":"{event.event_id}",'
         f'"ob_kind":"{event.kind}"{own_tags}}}}}'

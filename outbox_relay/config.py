@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -28,6 +28,21 @@ class Doc(NamedTuple):
     """What a setting is, and in which unit."""
 
     text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TypeSettings:
+    """What may differ from the relay's settings for one aggregate type."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    max_attempts: Annotated[Count | None, Doc("refusals that are an event's own fault before it may be dead")] = None
+    min_age: Annotated[float | None, Field(ge=0), Doc("seconds of refusals before an event may be dead")] = None
+    backoff_base: Annotated[Seconds | None, Doc("seconds that an aggregate waits after its first refusal")] = None
+    backoff_max: Annotated[Seconds | None, Doc("seconds that an aggregate waits between two tries, at most")] = None
+    after_dead: Annotated[
+        Literal["go_on", "wait"], Doc("go_on, or wait until a person has requeued or discarded the dead event")
+    ] = "go_on"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +74,15 @@ class Settings:
     min_age: Annotated[float, Field(ge=0), Doc("seconds of refusals before an event may be dead")] = 900.0
     backoff_base: Annotated[Seconds, Doc("seconds that an aggregate waits after its first refusal")] = 1.0
     backoff_max: Annotated[Seconds, Doc("seconds that an aggregate waits between two tries, at most")] = 60.0
+    keep: Annotated[float, Field(ge=0), Doc("seconds that delivered events are kept; 0 deletes them at delivery")] = (
+        7 * 86_400.0
+    )
+    keep_dead: Annotated[float, Field(ge=0), Doc("seconds that dead, expired and discarded events are kept")] = (
+        90 * 86_400.0
+    )
+    types: Annotated[
+        dict[str, TypeSettings], Doc("what differs for an aggregate type: a table [types.NAME] in the TOML file")
+    ] = field(default_factory=dict)
     log_format: Annotated[Literal["console", "json"], Doc("console or json")] = "console"
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Doc("debug, info, warning or error")] = "info"
 

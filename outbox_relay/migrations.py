@@ -89,6 +89,7 @@ CREATE TABLE {schema}.outbox (
     accepted text[],
     settled_at timestamptz,
     error text,
+    replay integer,
     traceparent text
 );
 

@@ -330,6 +330,7 @@ def tables(metadata: sa.MetaData, schema: str | None = None) -> sa.MetaData:
         sa.Column("accepted", pg.ARRAY(sa.Text)),
         sa.Column("settled_at", sa.DateTime(timezone=True)),
         sa.Column("error", sa.Text),
+        sa.Column("replay", sa.Integer),
         sa.Column("traceparent", sa.Text),
         sa.Index("outbox_pending", "lane", "id", postgresql_where=sa.text("state = 'pending'")),
         sa.Index(

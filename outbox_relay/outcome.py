@@ -35,10 +35,18 @@ class Event(NamedTuple):
     tags: str | None
     accepted: list[str] | None
     created_at: float
+    replay: int | None = None
+    """How often an operator has asked to send it again after it was delivered."""
 
     @property
     def aggregate(self) -> tuple[str, str]:
         return self.aggregate_type, self.aggregate_id
+
+    @property
+    def idempotency_key(self) -> str:
+        """A repeated event_id of the caller's must not swallow an event, nor must a replay be swallowed."""
+        key = f"{self.event_id}:{self.id}"
+        return key if self.replay is None else f"{key}:r{self.replay}"
 
     @property
     def unsent(self) -> list[str]:

@@ -42,6 +42,9 @@ WAVE_SHRINKAGE: Final = 4
 PROBE_LANES: Final = 4
 OTHERS_WAIT: Final = 0.02
 RETRY_AFTER_MAX: Final = 60.0
+PRUNE_EVERY: Final = 1.0
+# Rows that were too young, or not ended, when the pruning passed them.
+PRUNE_FROM_START_EVERY: Final = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,8 @@ class Options:
     pause_min: float = 0.1
     pause_max: float = 1.0
     stop_timeout: float = 10.0
+    keep: float = 7 * 86_400.0
+    keep_dead: float = 90 * 86_400.0
     limits: Limits = field(default_factory=Limits)
     policy: Policy = field(default_factory=Policy)
     policies: Mapping[str, Policy] = field(default_factory=dict)
@@ -359,6 +364,29 @@ class Shared:
             return self.suspects.failed(events, clock.now(), max(self.accepted_at.values(), default=0.0))
 
 
+class Chores:
+    """What one worker of a relay does now and then beside its batches."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._watched_at = self._pruned_at = self._started_over_at = boottime()
+        self._pruned_to = 0
+
+    def do(self, store: Store) -> None:
+        """Do what is due. Raises `DatabaseUnavailableError`."""
+        now = boottime()
+        if now - self._watched_at >= store.session_timeout / 2:
+            self._watched_at = now
+            if ended := store.end_stuck_sessions():
+                log.warning("ended sessions of relays that no longer read", sessions=ended)
+        if now - self._pruned_at >= PRUNE_EVERY:
+            self._pruned_at = now
+            if now - self._started_over_at >= PRUNE_FROM_START_EVERY:
+                self._started_over_at, self._pruned_to = now, 0
+            pruned = store.prune(self._pruned_to, keep=self._options.keep, keep_dead=self._options.keep_dead)
+            self._pruned_to = pruned.last_id or self._pruned_to
+
+
 class Relay:
     """Workers in threads of their own. `run` blocks; as a context manager the relay runs beside the caller.
 
@@ -431,6 +459,7 @@ class Relay:
     def _work(self, number: int) -> None:
         """One worker's life: connect, deliver batches, and after the database was lost connect again."""
         stopping = self._shared.stopping
+        chores = Chores(self._options) if number == 0 else None
         failures = 0
 
         def recovered() -> None:
@@ -444,7 +473,7 @@ class Relay:
                 try:
                     with closing(self._open_store()) as store, closing(self._open_publisher()) as publisher:
                         worker = Worker(store, publisher, self._options, self._shared)
-                        self._deliver(worker, store, recovered, watch=number == 0)
+                        self._deliver(worker, store, recovered, chores)
                 except DatabaseUnavailableError as error:
                     failures += 1
                     if failures == 1:
@@ -455,20 +484,17 @@ class Relay:
             self._ended = Ended.FAILED
             stopping.set()
 
-    def _deliver(self, worker: Worker, store: Store, succeeded: Callable[[], None], *, watch: bool) -> None:
+    def _deliver(self, worker: Worker, store: Store, succeeded: Callable[[], None], chores: Chores | None) -> None:
         """Batches at once while there is work, growing waits while there is none, until asked to stop."""
         stopping = self._shared.stopping
         busy = False
         idle = self._options.poll_min
-        watched_at = boottime()
         while not stopping.is_set():
             with self._shared.pause.turn(stopping):
                 busy = not stopping.is_set() and (busy or store.anything_to_do()) and worker.run_once()
             succeeded()
-            if watch and boottime() - watched_at > store.session_timeout / 2:
-                watched_at = boottime()
-                if ended := store.end_stuck_sessions():
-                    log.warning("ended sessions of relays that no longer read", sessions=ended)
+            if chores is not None:
+                chores.do(store)
             if busy:
                 idle = self._options.poll_min
                 continue

@@ -24,6 +24,7 @@ SWEEP: Final = 10_000
 DUE_HOLDS: Final = 256
 COUNT_LIMIT: Final = 10_000
 SETTLE_TRIES: Final = 3
+PRUNE_CHUNK: Final = 5_000
 # Passing trouble between transactions, nothing that publishing had a part in: the statements alone are retried.
 _RETRIED: Final = (errors.SerializationFailure, errors.DeadlockDetected, errors.LockNotAvailable)
 
@@ -56,6 +57,13 @@ class Batch:
     events: list[Event] = field(default_factory=list)
     holds: dict[tuple[str, str], Hold] = field(default_factory=dict)
     parked: int = 0
+
+
+class Pruned(NamedTuple):
+    """How many rows were deleted, and the last id looked at that was old enough; None at the end."""
+
+    deleted: int
+    last_id: int | None
 
 
 class Backlog(NamedTuple):
@@ -97,7 +105,7 @@ LIMIT %(limit)s
 # The bytes that the rows before a row take bound the batch; id order makes the cut a suffix of every aggregate.
 _READ_PENDING: Final = """
 SELECT {columns} CASE WHEN NOT held THEN payload::text END, tags::text, accepted,
-       extract(epoch FROM created_at)::float8
+       extract(epoch FROM created_at)::float8, replay
 FROM (
     SELECT e.*, h.head_id IS NOT NULL AS held,
            sum(pg_column_size(e.payload)) OVER (ORDER BY e.id) - pg_column_size(e.payload) AS bytes_before
@@ -115,7 +123,7 @@ ORDER BY id
 """
 
 _READ_DUE: Final = """
-SELECT {columns} payload::text, tags::text, accepted, extract(epoch FROM created_at)::float8,
+SELECT {columns} payload::text, tags::text, accepted, extract(epoch FROM created_at)::float8, replay,
        hold_type, hold_id, head_id, tries, attempts, alone,
        extract(epoch FROM first_refused_at)::float8, extract(epoch FROM refused_at)::float8
 FROM (
@@ -217,6 +225,25 @@ UPDATE {outbox_lane} SET lane = lane
 WHERE lane = (SELECT lane FROM {outbox_lane} LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED)
 """
 
+# Ids rise about as time does, so the scan stops where rows become too young. A row that has not ended, or was made
+# pending again meanwhile, fails the condition of the DELETE itself, which PostgreSQL tests again under the row's lock.
+_PRUNE: Final = """
+WITH scanned AS MATERIALIZED (
+    SELECT id, created_at FROM {outbox}
+    WHERE id > %(after)s AND (SELECT pg_try_advisory_xact_lock(hashtext('outbox_relay prune'), hashtext({schema_name})))
+    ORDER BY id LIMIT %(limit)s
+), deleted AS (
+    DELETE FROM {outbox} AS o USING scanned
+    WHERE o.id = scanned.id
+      AND (o.state IN ('delivered', 'superseded') AND o.settled_at < now() - %(keep)s * interval '1 second'
+           OR o.state IN ('expired', 'dead', 'discarded')
+              AND o.settled_at < now() - %(keep_dead)s * interval '1 second')
+    RETURNING 1
+)
+SELECT max(id) FILTER (WHERE created_at < now() - %(keep)s * interval '1 second'), (SELECT count(*) FROM deleted)
+FROM scanned
+"""
+
 _LEFT: Final = """
 SELECT EXISTS (SELECT FROM {outbox} WHERE state = 'pending'), EXISTS (SELECT FROM {outbox_hold})
 """
@@ -271,7 +298,11 @@ class Store:
         self._asked_at = boottime()
         self._names: Mapping[str, Any] = {
             name: sql.Identifier(schema, name) for name in ("outbox", "outbox_lane", "outbox_hold")
-        } | {"columns": sql.SQL(_COLUMNS), "lanes_total": sql.Literal(LANES)}
+        } | {
+            "columns": sql.SQL(_COLUMNS),
+            "lanes_total": sql.Literal(LANES),
+            "schema_name": sql.Literal(schema),
+        }
         self._sql: dict[str, sql.Composed] = {}
         milliseconds = round(self.session_timeout * 1000)
         # One text, one round trip. A role's own defaults must not decide what a batch sees or how long it waits.
@@ -348,6 +379,14 @@ class Store:
         if crowded:
             parked += self._execute(_SWEEP, lanes=crowded, limit=SWEEP // len(crowded)).rowcount
         return parked
+
+    def prune(self, after: int, *, keep: float, keep_dead: float, limit: int = PRUNE_CHUNK) -> Pruned:
+        """Delete ended rows older than `keep` seconds (`keep_dead`: expired, dead, discarded) above id `after`."""
+        with self.batch():
+            last, deleted = self._execute(_PRUNE, after=after, keep=keep, keep_dead=keep_dead, limit=limit).fetchall()[
+                0
+            ]
+        return Pruned(deleted, last)
 
     def still_ours(self) -> bool:
         """Whether a request that starts now ends before the database could give the lanes to another relay.
