@@ -58,15 +58,19 @@ class RunRelay(Protocol):
 
 
 class StartRelay(Protocol):
-    """Start `python -m outbox_relay run`, or `command`, as a process that is killed with the test."""
+    """Start `python -m outbox_relay run`, or `command`, as a process that is killed with the test.
+
+    `settings` are named as in `outbox_relay.config.Settings`. Returns once the relay says that it has started,
+    or at once without `wait`.
+    """
 
     def __call__(
         self,
+        settings: Mapping[str, object] | None = None,
         *,
         server: Centrifugo | None = None,
         command: Sequence[str] | None = None,
         wait: bool = True,
-        **environment: str,
     ) -> RelayProcess: ...
 
 
@@ -244,21 +248,21 @@ def start_relay(database_url: str, centrifugo: Centrifugo, tmp_path: Path) -> It
     with contextlib.ExitStack() as stack:
 
         def start(
+            settings: Mapping[str, object] | None = None,
             *,
             server: Centrifugo | None = None,
             command: Sequence[str] | None = None,
             wait: bool = True,
-            **environment: str,
         ) -> RelayProcess:
             target = server or centrifugo
-            settings = {
-                "OUTBOX_RELAY_DATABASE_URL": database_url,
-                "OUTBOX_RELAY_CENTRIFUGO_URL": target.api_url,
-                "OUTBOX_RELAY_CENTRIFUGO_API_KEY": target.api_key,
-                "OUTBOX_RELAY_WORKERS": "1",
-                "OUTBOX_RELAY_LOG_FORMAT": "json",
+            defaults = {
+                "database_url": database_url,
+                "centrifugo_url": target.api_url,
+                "centrifugo_api_key": target.api_key,
+                "workers": 1,
+                "log_format": "json",
             }
-            process = stack.enter_context(RelayProcess(tmp_path, settings | environment, command))
+            process = stack.enter_context(RelayProcess(tmp_path, defaults | dict(settings or {}), command))
             if wait:
                 process.wait_for("relay started")
             return process

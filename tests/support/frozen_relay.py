@@ -4,7 +4,6 @@ Everything else is the real thing, configured as `outbox-relay run` is. A signal
 points on purpose.
 """
 
-import os
 import signal
 import sys
 import threading
@@ -41,7 +40,8 @@ def _freeze_once(owner: type, name: str, *, after: bool) -> None:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs) if after else None
         if once.acquire(blocking=False):
-            os.kill(os.getpid(), signal.SIGSTOP)
+            # To this thread: it takes the signal before it goes on. One to the process may be taken by another.
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         return result if after else original(*args, **kwargs)
 
     setattr(owner, name, wrapper)

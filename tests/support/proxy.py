@@ -1,10 +1,9 @@
-"""A TCP proxy, to stand between a relay and a server: cut, refuse, or watch what goes through."""
+"""A TCP proxy, to stand between a relay and a server: watch what goes through, or cut it off."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
-import struct
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -40,13 +39,15 @@ class TcpProxy:
         self.cut()
         for thread in self._threads:
             thread.join(PATIENCE)
+        for connection in self._sockets:
+            connection.close()
 
     def cut(self) -> None:
-        """Reset every connection, and every new one until `mend`."""
+        """End every connection, and every new one until `mend`."""
         with self._lock:
             self._open = False
             for connection in self._sockets:
-                _reset(connection)
+                _end(connection)
 
     def mend(self) -> None:
         with self._lock:
@@ -65,7 +66,7 @@ class TcpProxy:
                 return
             with self._lock:
                 if not self._open:
-                    _reset(client)
+                    _end(client)
                     client.close()
                     continue
                 try:
@@ -86,15 +87,12 @@ class TcpProxy:
                 passed(total)
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)
-        with self._lock:
-            # The other direction's pump may still use them: whoever is last finds them shut already.
-            for end in (source, sink):
-                if end in self._sockets:
-                    with contextlib.suppress(OSError):
-                        end.shutdown(socket.SHUT_RDWR)
+            return
+        # One end broke: so does the other, which lets the pump of the other direction end too.
+        _end(source)
+        _end(sink)
 
 
-def _reset(connection: socket.socket) -> None:
+def _end(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.shutdown(socket.SHUT_RDWR)

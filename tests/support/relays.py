@@ -34,12 +34,13 @@ def drain(relay: Relay, seconds: float = PATIENCE) -> Ended:
 class RelayProcess:
     """`python -m outbox_relay run`, or another `command`. Output goes to a file: a full pipe cannot block it."""
 
-    def __init__(self, folder: Path, environment: Mapping[str, str], command: Sequence[str] | None = None) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, object], command: Sequence[str] | None = None) -> None:
+        own = {f"OUTBOX_RELAY_{name.upper()}": str(value) for name, value in settings.items()}
         self.output_path = folder / f"relay-{os.urandom(4).hex()}.log"
         with self.output_path.open("wb") as output:
             self._process = subprocess.Popen(
                 command or [sys.executable, "-m", "outbox_relay", "run"],
-                env={**_foreign_environment(), **environment},
+                env=_foreign_environment() | own,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -77,10 +78,13 @@ class RelayProcess:
         self._process.send_signal(number)
 
     def freeze(self) -> None:
-        """SIGSTOP; returns once every thread of it stands still."""
+        """SIGSTOP; returns once it stands still."""
         self.signal(signal.SIGSTOP)
-        stat = Path(f"/proc/{self.pid}/stat")
-        wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "the relay is stopped")
+        wait_until(self.is_stopped, "the relay is stopped")
+
+    def is_stopped(self) -> bool:
+        """Whether it stands still after a SIGSTOP, its own or ours."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
     def thaw(self) -> None:
         self.signal(signal.SIGCONT)
