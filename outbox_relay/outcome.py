@@ -268,7 +268,12 @@ class Suspects:
             else:
                 requests.setdefault(group, []).append(event)
                 behind.add(event.aggregate)
-        return free, list(requests.values())
+        # The one that failed longest ago first, so that a bad one does not keep its fellows from being tried.
+        return free, sorted(requests.values(), key=lambda request: self._failed_at(request[0]))
+
+    def _failed_at(self, event: Event) -> float:
+        group = self._group_of.get(event.id)
+        return group.failed_at if group is not None else 0.0
 
     def failed(self, events: Sequence[Event], now: float, accepted_at: float) -> bool:
         """Note that a request failed whole. Returns whether that is the fault of the one event in it.

@@ -18,6 +18,7 @@ from outbox_relay.database import DatabaseUnavailableError
 from outbox_relay.log import get_logger
 from outbox_relay.outcome import (
     ACCEPTED,
+    INTERNAL,
     WHOLE_REQUEST,
     Dead,
     Event,
@@ -134,7 +135,7 @@ def waves(events: Iterable[Event], limits: Limits) -> list[list[Event]]:
     used: list[dict[str, int]] = []  # bytes by channel, by request
     next_of: dict[tuple[str, str], int] = {}  # the earliest request for an aggregate's next event
     for event in events:
-        size = len(event.payload)
+        size = len(event.payload) if event.payload.isascii() else len(event.payload.encode())
         aggregate = (event.aggregate_type, event.aggregate_id)
         n = next_of.get(aggregate, 0)
         while n < len(requests) and not (
@@ -165,6 +166,12 @@ class Sent:
     """Aggregates of which nothing more may be sent in this batch."""
     anything_accepted: bool = False
     outage: Outage | None = None
+
+    @property
+    def sound(self) -> bool:
+        """Whether Centrifugo did its work: it accepted something, or refused an event for the event's own sake."""
+        codes = {refusal.code for _, reply in self.refused for refusal in reply.refusals}
+        return self.anything_accepted or bool(codes - {INTERNAL, WHOLE_REQUEST})
 
 
 class Worker:
@@ -218,7 +225,7 @@ class Worker:
                 self._store.settle([event.id for event in sent.delivered], settlements, batch.holds)
         self._untried = False
         outage = sent.outage or trouble
-        self._shared.pause.report(outage, answered=bool(sent.delivered or settlements))
+        self._shared.pause.report(outage, sound=sent.sound)
         self._shared.observer.batch(sent.delivered, settlements, claim.clock.now())
         _log_outcomes(len(sent.delivered), settlements)
         return bool(sent.delivered or settlements or batch.parked or outage)
@@ -308,7 +315,7 @@ class Pause:
     def outage(self) -> bool:
         return self._tries > 0
 
-    def report(self, outage: Outage | None, *, answered: bool) -> None:
+    def report(self, outage: Outage | None, *, sound: bool) -> None:
         """Take note of how a batch went."""
         with self._lock:
             if outage is not None:
@@ -319,7 +326,7 @@ class Pause:
                 self._until = boottime() + delay
                 if self._tries == 1:
                     log.warning("outage: nothing is published, no event is blamed", reason=outage.reason)
-            elif answered:
+            elif sound:
                 if self._tries:
                     log.info("outage is over", failed_requests=self._tries)
                 self._tries = 0
