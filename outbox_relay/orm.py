@@ -5,13 +5,16 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapper, Session
 
 from outbox_relay.outbox import DEFAULT, InvalidEventError, Kind, Outbox
+
+if TYPE_CHECKING:
+    # Importing it needs greenlet, which not every application has.
+    from sqlalchemy.ext.asyncio import AsyncSession
 
 T = TypeVar("T")
 
