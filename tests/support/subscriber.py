@@ -18,7 +18,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from tests.support.waiting import PATIENCE
 
-_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s{}\[\],:"]+')
+_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\],:]|[^\s{}\[\],:"]+')
 
 
 class Publication(NamedTuple):
@@ -41,12 +41,13 @@ class Publication(NamedTuple):
 class Subscriber:
     """Subscribed to `channels` from the moment the constructor returns until `close`.
 
-    Reconnects and recovers by itself. `lost` says why the stream has a hole: whoever judges completeness by
-    this subscriber must check that it is None.
+    Reconnects and recovers by itself; `connections` counts. `lost` says why the stream has a hole: whoever
+    judges completeness by this subscriber must check that it is None.
     """
 
     def __init__(self, url: str, channels: Sequence[str]) -> None:
         self.lost: str | None = None
+        self.connections = 0
         self._url = url
         self._positions: dict[str, tuple[int, str]] = dict.fromkeys(channels, (0, ""))
         self._received: list[Publication] = []
@@ -95,6 +96,7 @@ class Subscriber:
             try:
                 with connect(self._url, max_size=None, ping_interval=None, compression=None) as connection:
                     self._connection = connection
+                    self.connections += 1
                     self._listen(connection)
             except (OSError, EOFError, WebSocketException):
                 time.sleep(0.02)  # nobody tells when the server is back
