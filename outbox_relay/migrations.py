@@ -100,6 +100,8 @@ CREATE INDEX outbox_pending ON {schema}.outbox (lane, id) WHERE state = 'pending
 
 CREATE INDEX outbox_parked ON {schema}.outbox (aggregate_type, aggregate_id, id) WHERE state = 'parked';
 
+CREATE INDEX outbox_dead ON {schema}.outbox (id) WHERE state = 'dead';
+
 CREATE TABLE {schema}.outbox_lane (lane smallint PRIMARY KEY);
 
 INSERT INTO {schema}.outbox_lane (lane) SELECT generate_series(0, 255);

@@ -340,6 +340,7 @@ def tables(metadata: sa.MetaData, schema: str | None = None) -> sa.MetaData:
             "id",
             postgresql_where=sa.text("state = 'parked'"),
         ),
+        sa.Index("outbox_dead", "id", postgresql_where=sa.text("state = 'dead'")),
         schema=schema,
         info=info,
     )

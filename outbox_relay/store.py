@@ -245,7 +245,8 @@ FROM scanned
 """
 
 _LEFT: Final = """
-SELECT EXISTS (SELECT FROM {outbox} WHERE state = 'pending'), EXISTS (SELECT FROM {outbox_hold})
+SELECT (SELECT true FROM {outbox} WHERE state = 'pending' ORDER BY lane, id LIMIT 1) IS NOT NULL,
+       EXISTS (SELECT FROM {outbox_hold})
 """
 
 # Cheap enough to ask many times a second: two index probes.
@@ -461,7 +462,10 @@ class Store:
 
     def anything_to_do(self) -> bool:
         """Whether some event is pending or some hold is due: the question of an idle relay."""
-        return bool(self._ask(_IDLE)[0])
+        try:
+            return self._execute(_IDLE).fetchall()[0][0] is True
+        except psycopg.Error as error:
+            raise DatabaseUnavailableError(one_line(error)) from error
 
     def left(self) -> tuple[bool, bool]:
         """Whether anything is pending, and whether any aggregate is on hold."""
@@ -477,10 +481,8 @@ class Store:
         return ended
 
     def _ask(self, query: LiteralString, **parameters: Any) -> tuple[Any, ...]:
-        try:
+        with self.batch():
             rows: list[tuple[Any, ...]] = self._execute(query, **parameters).fetchall()
-        except psycopg.Error as error:
-            raise DatabaseUnavailableError(one_line(error)) from error
         return rows[0]
 
     def _execute(self, query: LiteralString, **parameters: Any) -> psycopg.Cursor[Any]:
@@ -496,10 +498,6 @@ class Store:
         asked_at = boottime()
         self._connection.execute(query)
         self._asked_at = asked_at
-
-
-def _heads(settlements: Sequence[tuple[Settlement, str]]) -> dict[str, list[Any]]:
-    return {"ids": [s.event.id for s, _ in settlements], "errors": [error for _, error in settlements]}
 
 
 def _hold(outcome: Outcome) -> Held:
