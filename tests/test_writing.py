@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import enum
 import json
-import subprocess
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,9 +30,9 @@ from outbox_relay import (
     enqueue_all,
     enqueue_for,
 )
-from outbox_relay.embedded.postgres import find_binaries
 from outbox_relay.migrations import migrate
 from tests.conftest import Connect, sqlalchemy_engine
+from tests.support.programs import psql
 
 WRITERS = [
     ("psycopg", Session),
@@ -539,8 +538,7 @@ def test_a_plain_insert_from_psycopg(connect: Connect) -> None:
 
 def test_a_plain_insert_from_psql(database_url: str, connect: Connect) -> None:
     """psql, as any other language: literals alone."""
-    command = (find_binaries() / "psql", "-v", "ON_ERROR_STOP=1", "-c", PLAIN_INSERT, database_url)
-    subprocess.run(command, check=True, capture_output=True)
+    psql(database_url, f"--command={PLAIN_INSERT}")
     assert is_complete(connect())
 
 
