@@ -7,9 +7,8 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -18,13 +17,21 @@ from rich.table import Table
 
 from outbox_relay import config as configuration
 from outbox_relay import log
-from outbox_relay.config import ConfigError, Settings
+from outbox_relay.cli_shared import (
+    EXIT_PROBLEM,
+    AsJson,
+    ConfigFile,
+    DatabaseUrl,
+    Schema,
+    fail,
+    print_json,
+    settings_or_exit,
+)
+from outbox_relay.config import Settings
 
 if TYPE_CHECKING:
     from outbox_relay.doctor import Finding
 
-EXIT_PROBLEM: Final = 1
-EXIT_USAGE: Final = 2
 EXIT_ONLY_HELD: Final = 3
 EXIT_HARD_STOP: Final = 130
 
@@ -38,19 +45,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", help="TOML file with settings. [default: ./outbox-relay.toml if there is one]"),
-]
-DatabaseUrl = Annotated[
-    str | None,
-    typer.Option("--database-url", help="PostgreSQL URL. One with a password is better kept in the environment."),
-]
 CentrifugoUrl = Annotated[
     str | None, typer.Option("--centrifugo-url", help="Centrifugo's server API, such as http://127.0.0.1:8000/api.")
 ]
-Schema = Annotated[str | None, typer.Option("--schema", help="Schema that holds the outbox. [default: public]")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for programs.")]
 
 
 def main() -> None:
@@ -92,7 +89,7 @@ def run(  # noqa: PLR0917 - Typer's options are keywords
     SIGTERM and SIGINT finish the request in flight, record what is known and exit with 0; a second signal stops
     at once and loses nothing either. Settings without a flag (OUTBOX_RELAY_POLL_MAX, …) are in the documentation.
     """
-    with _settings(
+    with settings_or_exit(
         config,
         database_url=database_url,
         centrifugo_url=centrifugo_url,
@@ -143,7 +140,7 @@ def migrate(  # noqa: PLR0917 - Typer's options are keywords
 
     Locks are taken within 2 seconds or given up and tried again, so writers are never frozen for long.
     """
-    with _settings(config, database_url=database_url, schema=schema) as settings:
+    with settings_or_exit(config, database_url=database_url, schema=schema) as settings:
         import sqlalchemy as sa
 
         from outbox_relay import migrations
@@ -159,9 +156,9 @@ def migrate(  # noqa: PLR0917 - Typer's options are keywords
                 with engine.connect() as connection:
                     revision = migrations.current(connection, settings.schema)
             except migrations.MigrationError as error:
-                _fail(str(error), settings)
+                fail(str(error), settings)
             except sa.exc.SQLAlchemyError as error:
-                _fail(f"the migration failed, nothing was changed: {_first_line(error)}", settings)
+                fail(f"the migration failed, nothing was changed: {_first_line(error)}", settings)
         typer.echo(f"{revision or 'none'} (newest: {migrations.head()})")
 
 
@@ -174,7 +171,7 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Examine database and Centrifugo, and say what is wrong and what to do. Exit code 0 if all is well, else 1."""
-    with _settings(config, database_url=database_url, centrifugo_url=centrifugo_url, schema=schema) as settings:
+    with settings_or_exit(config, database_url=database_url, centrifugo_url=centrifugo_url, schema=schema) as settings:
         configuration.need(settings, "database_url", "centrifugo_url", "centrifugo_api_key")
         from outbox_relay.doctor import examine
 
@@ -182,7 +179,7 @@ def check(
         findings = [finding.redacted(redact) for finding in examine(settings)]
         ok = all(finding.ok for finding in findings)
         if as_json:
-            _print_json({"ok": ok, "findings": [finding.as_dict() for finding in findings]})
+            print_json({"ok": ok, "findings": [finding.as_dict() for finding in findings]})
         else:
             _print_findings(findings)
         if not ok:
@@ -197,7 +194,7 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Show how many events wait, since when, and how many are dead. Counts stop at 10,000."""
-    with _settings(config, database_url=database_url, schema=schema) as settings:
+    with settings_or_exit(config, database_url=database_url, schema=schema) as settings:
         configuration.need(settings, "database_url")
         from outbox_relay.build import build_store
         from outbox_relay.database import DatabaseUnavailableError
@@ -208,9 +205,9 @@ def status(
             backlog = store.backlog()._asdict()
             store.close()
         except DatabaseUnavailableError as error:
-            _fail(f"the database says: {error}", settings)
+            fail(f"the database says: {error}", settings)
         if as_json:
-            _print_json(backlog | {"count_limit": COUNT_LIMIT})
+            print_json(backlog | {"count_limit": COUNT_LIMIT})
             return
         table = Table("events", "", show_header=False, box=None)
         for name in ("pending", "parked", "holds", "dead"):
@@ -234,18 +231,8 @@ def demo(
     try:
         from outbox_relay.demo import main as run_demo
     except ImportError as error:
-        _fail(f"{error}: pip install 'outbox-relay[demo]'")
+        fail(f"{error}: pip install 'outbox-relay[demo]'")
     raise typer.Exit(run_demo(seconds=seconds))
-
-
-@contextmanager
-def _settings(config: Path | None, **flags: Any) -> Iterator[Settings]:
-    """The settings, with a wrong one turned into one line and exit code 2."""
-    try:
-        yield configuration.load(flags, file=config)
-    except ConfigError as error:
-        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        raise typer.Exit(EXIT_USAGE) from None
 
 
 @contextmanager
@@ -259,7 +246,7 @@ def _engine(settings: Settings) -> Iterator[Any]:
     try:
         connect(url).close()
     except DatabaseUnavailableError as error:
-        _fail(f"the database says: {error}", settings)
+        fail(f"the database says: {error}", settings)
     engine = sa.create_engine(
         "postgresql+psycopg://", creator=lambda: connect(url, autocommit=False), poolclass=sa.NullPool
     )
@@ -269,12 +256,6 @@ def _engine(settings: Settings) -> Iterator[Any]:
         engine.dispose()
 
 
-def _fail(message: str, settings: Settings | None = None) -> NoReturn:
-    text = log.Redactor(settings.secrets() if settings else ()).text(message)
-    Console(stderr=True).print(f"[red]error:[/] {escape(text)}", soft_wrap=True, highlight=False)
-    raise typer.Exit(EXIT_PROBLEM)
-
-
 def _first_line(error: BaseException) -> str:
     cause = getattr(error, "orig", None) or error
     return str(cause).strip().partition("\n")[0]
@@ -282,12 +263,6 @@ def _first_line(error: BaseException) -> str:
 
 def _say_waiting(attempt: int) -> None:
     typer.echo(f"waiting for a lock on the outbox, try {attempt}", err=True)
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    import orjson
-
-    typer.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
 
 
 def _print_findings(findings: list[Finding]) -> None:
