@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Final, Protocol, Self
 
 from outbox_relay.database import DatabaseUnavailableError
+from outbox_relay.health import Health, Progress
 from outbox_relay.log import get_logger
 from outbox_relay.outcome import (
     ACCEPTED,
@@ -42,6 +43,7 @@ WAVE_SHRINKAGE: Final = 4
 """A wave with less than this part of the first one's events waits for the next batch, with fuller company."""
 PROBE_LANES: Final = 4
 OTHERS_WAIT: Final = 0.02
+SIGN_OF_LIFE_EVERY: Final = 1.0
 RETRY_AFTER_MAX: Final = 60.0
 PRUNE_EVERY: Final = 1.0
 # Rows that were too young, or not ended, when the pruning passed them.
@@ -76,6 +78,8 @@ class Options:
     pause_min: float = 0.1
     pause_max: float = 1.0
     stop_timeout: float = 10.0
+    frozen_after: float = 60.0
+    """Without a sign of life for so long a worker counts as frozen."""
     keep: float = 7 * 86_400.0
     keep_dead: float = 90 * 86_400.0
     limits: Limits = field(default_factory=Limits)
@@ -332,9 +336,10 @@ class Pause:
                 self._tries = 0
 
     @contextmanager
-    def turn(self, stopping: threading.Event) -> Iterator[None]:
+    def turn(self, stopping: threading.Event, progress: Progress) -> Iterator[None]:
         """Wait until the next try is due. While the outage lasts one worker tries, and the others wait for it."""
         while self.outage and not stopping.is_set():
+            progress.alive()
             left = self._until - boottime()
             if left <= 0 and self._probe.acquire(blocking=False):
                 try:
@@ -342,7 +347,7 @@ class Pause:
                 finally:
                     self._probe.release()
                 return
-            stopping.wait(max(left, OTHERS_WAIT))
+            stopping.wait(min(max(left, OTHERS_WAIT), SIGN_OF_LIFE_EVERY))
         yield
 
 
@@ -356,6 +361,8 @@ class Shared:
     suspects: Suspects = field(default_factory=Suspects)
     accepted_at: dict[str, float] = field(default_factory=dict)
     """By namespace: when the last request was sent in which it accepted something."""
+    progress: list[Progress] = field(default_factory=list)
+    """By worker, once they are started."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def answered(self, events: Sequence[Event], accepted: Iterable[str], sent_at: float) -> None:
@@ -421,6 +428,7 @@ class Relay:
         if self._threads:
             raise RuntimeError("this relay has run already: make another one")
         self._until_empty = until_empty
+        self._shared.progress = [Progress() for _ in range(self._options.workers)]
         self._threads = [
             threading.Thread(target=self._work, args=(number,), name=f"outbox-relay-{number}", daemon=True)
             for number in range(self._options.workers)
@@ -432,6 +440,17 @@ class Relay:
     @property
     def stopping(self) -> bool:
         return self._shared.stopping.is_set()
+
+    def health(self) -> Health:
+        """How the workers get on. Asks nobody, returns at once."""
+        now, progress = boottime(), self._shared.progress
+        return Health(
+            silent=tuple(now - worker.seen for worker in progress),
+            has_database=tuple(worker.has_database for worker in progress),
+            outage=self._shared.pause.outage,
+            stopping=self.stopping,
+            patience=self._options.frozen_after,
+        )
 
     def stop(self) -> None:
         """Ask the workers to finish the request in flight, settle what is known and end. Returns at once."""
@@ -466,6 +485,7 @@ class Relay:
     def _work(self, number: int) -> None:
         """One worker's life: connect, deliver batches, and after the database was lost connect again."""
         stopping = self._shared.stopping
+        progress = self._shared.progress[number]
         chores = Chores(self._options) if number == 0 else None
         failures = 0
 
@@ -474,14 +494,17 @@ class Relay:
             if failures:
                 log.info("database is back", worker=number)
             failures = 0
+            progress.has_database = True
 
         try:
             while not stopping.is_set():
                 try:
                     with closing(self._open_store()) as store, closing(self._open_publisher()) as publisher:
                         worker = Worker(store, publisher, self._options, self._shared)
-                        self._deliver(worker, store, recovered, chores)
+                        self._deliver(worker, store, progress, recovered, chores)
                 except DatabaseUnavailableError as error:
+                    progress.alive()
+                    progress.has_database = False
                     failures += 1
                     if failures == 1:
                         log.warning("database lost, connecting again", worker=number, reason=str(error))
@@ -491,13 +514,21 @@ class Relay:
             self._ended = Ended.FAILED
             stopping.set()
 
-    def _deliver(self, worker: Worker, store: Store, succeeded: Callable[[], None], chores: Chores | None) -> None:
+    def _deliver(
+        self,
+        worker: Worker,
+        store: Store,
+        progress: Progress,
+        succeeded: Callable[[], None],
+        chores: Chores | None,
+    ) -> None:
         """Batches at once while there is work, growing waits while there is none, until asked to stop."""
         stopping = self._shared.stopping
         busy = False
         idle = self._options.poll_min
         while not stopping.is_set():
-            with self._shared.pause.turn(stopping):
+            progress.alive()
+            with self._shared.pause.turn(stopping, progress):
                 busy = not stopping.is_set() and (busy or store.anything_to_do()) and worker.run_once()
             succeeded()
             if chores is not None:
