@@ -24,6 +24,7 @@ from outbox_relay.migrations import migrate
 from outbox_relay.outcome import Policy
 from outbox_relay.relay import Ended, Options, Relay
 from outbox_relay.store import Store
+from tests.support.gateway import Gateway
 from tests.support.relays import RelayProcess, drain
 from tests.support.subscriber import Subscriber
 
@@ -166,13 +167,27 @@ def centrifugo(centrifugo_binary: Path) -> Iterator[Centrifugo]:
 
 @pytest.fixture
 def start_centrifugo(centrifugo_binary: Path) -> Iterator[Callable[..., Centrifugo]]:
-    """Start a server of the test's own, to be killed or configured (`config` as in `Centrifugo`)."""
+    """Start a server of the test's own, to be killed or configured (`config` as in `Centrifugo`).
+
+    `instead_of` is stopped first, and the new one gets its ports and key.
+    """
     with contextlib.ExitStack() as stack:
 
-        def start(config: Mapping[str, Any] | None = None) -> Centrifugo:
-            return stack.enter_context(Centrifugo(centrifugo_binary, config=config))
+        def start(config: Mapping[str, Any] | None = None, *, instead_of: Centrifugo | None = None) -> Centrifugo:
+            server = Centrifugo(centrifugo_binary, config=config, ports=instead_of.ports if instead_of else None)
+            if instead_of is not None:
+                server.api_key = instead_of.api_key
+                instead_of.stop()
+            return stack.enter_context(server)
 
         yield start
+
+
+@pytest.fixture
+def gateway(centrifugo: Centrifugo) -> Iterator[Gateway]:
+    """A window in front of the shared server; a test may make it fail."""
+    with Gateway(centrifugo.api_url) as window:
+        yield window
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import pytest
 
 from outbox_relay.embedded.centrifugo import DEFAULT_CONFIG, Centrifugo
 from outbox_relay.relay import Ended, Options
-from tests.conftest import Connect, RunRelay, StartRelay
+from tests.conftest import Connect, MakeRelay, RunRelay, StartRelay
 from tests.support.subscriber import Subscriber
 from tests.support.waiting import wait_until
-from tests.support.writing import states, write
+from tests.support.writing import Traffic, fact, states, write
 
 Subscribe = Callable[..., Subscriber]
 
@@ -91,7 +91,7 @@ def test_hazard_43_what_is_no_json_is_refused_where_it_is_written(
 
 
 def test_hazard_43_nesting_that_centrifugo_refuses_harms_nobody_else(
-    connect: Connect, run_relay: RunRelay, subscribe: Subscribe, channel: str
+    connect: Connect, make_relay: MakeRelay, subscribe: Subscribe, channel: str
 ) -> None:
     """Go's decoder refuses 10,000 levels, and with them the whole request: 400 for everybody's events.
 
@@ -99,29 +99,15 @@ def test_hazard_43_nesting_that_centrifugo_refuses_harms_nobody_else(
     """
     subscriber = subscribe(channel)
     connection = connect()
-    deep = b"[" * 11_000 + b"]" * 11_000
-    write(connection, "deep", 1, channel, deep)
+    write(connection, "deep", 1, channel, b"[" * 11_000 + b"]" * 11_000)
     write(connection, "deep", 2, channel)
-    write(connection, "other", 1, channel)
-
-    def next_neighbour() -> bool:
-        write(connection, "other", connection_version(connection), channel)
-        run_relay()
-        return states(connection).get("dead") == 1
-
-    wait_until(next_neighbour, "the event is dead")
-    assert run_relay() is Ended.EMPTY
-    received = subscriber.wait_for(states(connection)["delivered"])
-    assert [p.version for p in received if p.aggregate[1] == "deep"] == [2]
-    versions = [p.version for p in received if p.aggregate[1] == "other"]
-    assert versions == list(range(1, len(received)))
-
-
-def connection_version(connection: psycopg.Connection[tuple[int]]) -> int:
-    """The next version of the order `other`."""
-    row = connection.execute("SELECT max(version) + 1 FROM outbox WHERE aggregate_id = 'other'").fetchone()
-    assert row is not None
-    return row[0]
+    traffic = Traffic(connection, "other", channel)
+    with make_relay():
+        traffic.until(lambda: states(connection).get("dead") == 1, "the event is dead")
+        wait_until(lambda: states(connection).keys() == {"dead", "delivered"}, "the others are delivered")
+    received = [fact(publication) for publication in subscriber.wait_for(len(traffic.written) + 1)]
+    assert [heard.version for heard in received if heard.aggregate[1] == "deep"] == [2]
+    assert [heard for heard in received if heard.aggregate[1] == "other"] == traffic.written
 
 
 def test_hazard_44_huge_payloads_do_not_fill_the_memory(

@@ -5,12 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import sqlalchemy as sa
 
-from outbox_relay.embedded.centrifugo import Centrifugo
 from outbox_relay.relay import Ended
 from tests.conftest import Connect, MakeRelay, RunRelay, StartRelay
 from tests.support.frozen_relay import POINTS
@@ -27,12 +26,6 @@ Subscribe = Callable[..., Subscriber]
 REQUEST_TIMEOUT, BATCH_TIME = 0.4, 0.1
 """The database ends a silent session of such a relay after 1.5 s."""
 QUICK = {"request_timeout": REQUEST_TIMEOUT, "batch_time": BATCH_TIME}
-
-
-@pytest.fixture
-def gateway(centrifugo: Centrifugo) -> Iterator[Gateway]:
-    with Gateway(centrifugo.api_url) as window:
-        yield window
 
 
 def test_hazard_10_kill_after_publishing_repeats_under_the_same_key(

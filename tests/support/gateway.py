@@ -87,6 +87,7 @@ class Gateway:
     def __init__(self, upstream: str, fault: Fault | None = None) -> None:
         self.upstream = upstream
         self.fault = fault
+        self.heard_at: list[float] = []
         self._requests: list[list[Command]] = []
         self._lock = threading.Lock()
         gateway = self
@@ -143,6 +144,7 @@ class Gateway:
     def _take(self, exchange: Exchange) -> None:
         with self._lock:
             self._requests.append(exchange.commands)
+            self.heard_at.append(time.monotonic())
         fault = self.fault
         if fault is None:
             exchange.answer(*exchange.forward())

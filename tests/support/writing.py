@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import psycopg
@@ -10,6 +10,7 @@ from psycopg import sql
 
 from tests.support.oracle import Fact
 from tests.support.subscriber import Publication
+from tests.support.waiting import wait_until
 
 Connection = psycopg.Connection[Any]
 
@@ -33,6 +34,34 @@ def write(
     row = connection.execute(statement, (aggregate_id, version, channels, payload)).fetchone()
     assert row is not None
     return Fact(("order", aggregate_id), version, row[0])
+
+
+class Traffic:
+    """An order that keeps changing beside the one that a test is about."""
+
+    def __init__(self, connection: Connection, aggregate_id: str, channel: str) -> None:
+        self._connection = connection
+        self._aggregate_id = aggregate_id
+        self._channel = channel
+        self.written: list[Fact] = []
+
+    def until(self, condition: Callable[[], object], what: str) -> None:
+        """Write the next version once the last one is delivered, until `condition` is true."""
+        wait_until(lambda: condition() or self._go_on(), what)
+
+    def _go_on(self) -> bool:
+        if delivered(self._connection, self._aggregate_id) == len(self.written):
+            self.written.append(write(self._connection, self._aggregate_id, len(self.written) + 1, self._channel))
+        return False
+
+
+def delivered(connection: Connection, aggregate_id: str) -> int:
+    """How many events of an order are delivered."""
+    statement = "SELECT count(*) FROM outbox WHERE aggregate_id = %s AND state = 'delivered'"
+    row = connection.execute(statement, (aggregate_id,)).fetchone()
+    assert row is not None
+    count: int = row[0]
+    return count
 
 
 def fact(publication: Publication) -> Fact:
