@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple, get_type_hints
 from urllib.parse import unquote, urlsplit
 
 from pydantic import ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
@@ -101,18 +101,42 @@ _ADAPTER: Final = TypeAdapter(Settings)
 
 def load(flags: Mapping[str, Any], *, environ: Mapping[str, str] | None = None, file: Path | None = None) -> Settings:
     """Read the settings. `flags` that are None were not given. Raises `ConfigError`."""
+    return load_with_sources(flags, environ=environ, file=file)[0]
+
+
+def load_with_sources(
+    flags: Mapping[str, Any], *, environ: Mapping[str, str] | None = None, file: Path | None = None
+) -> tuple[Settings, dict[str, str]]:
+    """As `load`, and for each setting where its value comes from, such as `environment OUTBOX_RELAY_WORKERS`."""
     environ = os.environ if environ is None else environ
-    values = _from_file(file, environ)
+    path, values = _from_file(file, environ)
+    sources = {setting.name: f"file {path}" if setting.name in values else "default" for setting in fields(Settings)}
     for setting in fields(Settings):
         name = PREFIX + setting.name.upper()
         if setting.name in _FILES and environ.get(f"{name}_FILE"):
             if environ.get(name):
                 raise ConfigError(f"both {name} and {name}_FILE are set: keep one of them")
             values[setting.name] = _secret_file(f"{name}_FILE", environ[f"{name}_FILE"])
+            sources[setting.name] = f"environment {name}_FILE"
         elif environ.get(name):
             values[setting.name] = environ[name]
+            sources[setting.name] = f"environment {name}"
         if flags.get(setting.name) is not None:
             values[setting.name] = flags[setting.name]
+            sources[setting.name] = "flag"
+    return _validated(values), sources
+
+
+def docs(of: type[Settings | TypeSettings]) -> dict[str, str]:
+    """What each setting is, and its unit."""
+    hints = get_type_hints(of, include_extras=True)
+    return {
+        setting.name: next(doc.text for doc in hints[setting.name].__metadata__ if isinstance(doc, Doc))
+        for setting in fields(of)
+    }
+
+
+def _validated(values: Mapping[str, Any]) -> Settings:
     try:
         return _ADAPTER.validate_python(values)
     except ValidationError as error:
@@ -132,13 +156,13 @@ def need(settings: Settings, *names: str) -> None:
             raise ConfigError(f"{name} is missing: set {variable} or {variable}_FILE, or {name} in {CONFIG_FILE}")
 
 
-def _from_file(file: Path | None, environ: Mapping[str, str]) -> dict[str, Any]:
+def _from_file(file: Path | None, environ: Mapping[str, str]) -> tuple[Path, dict[str, Any]]:
     named = file or (Path(environ[PREFIX + "CONFIG"]) if environ.get(PREFIX + "CONFIG") else None)
     path = named or Path(CONFIG_FILE)
     if named is None and not path.is_file():
-        return {}
+        return path, {}
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return path, tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError):
