@@ -114,13 +114,13 @@ class Demo:
                 return verdict
 
     def summary(self) -> str:
-        """What the run was like, in one line."""
+        """What the run was like, in one line. The lag is that of the whole run, outages included."""
         tally, lags = self._ledger.tally(), self._ledger.lags()
         p50, p99 = (view.milliseconds(percentile(lags, percent)) for percent in (50, 99))
         return (
-            f"{tally.committed:,} events committed, {tally.rolled_back:,} transactions rolled back, "
-            f"{tally.duplicates:,} duplicates; killed: {self._stage.relay_kills} times a relay, "
-            f"{self._stage.centrifugo_kills} times Centrifugo; lag p50 {p50}, p99 {p99}"
+            f"rolled back {tally.rolled_back:,}, duplicates {tally.duplicates:,}; "
+            f"SIGKILL to a relay {self._stage.relay_kills}, to Centrifugo {self._stage.centrifugo_kills}; "
+            f"lag p50 {p50}, p99 {p99}"
         )
 
     def frame(self) -> RenderableType:
@@ -131,7 +131,7 @@ class Demo:
         # The screen first: what it shows must be in the database that is read after it.
         screen = self._subscriber.screen
         rows, reloaded, received = dict(screen.rows), screen.reloaded, self._ledger.received()
-        died = [f"{relay.name} ended by itself" for relay in self._stage.relays if relay.failed]
+        failures = [failure for relay in self._stage.relays if (failure := relay.failure)]
         return Facts(
             committed=self._ledger.committed(),
             outbox=load_outbox(self._stage.engine),
@@ -140,28 +140,23 @@ class Demo:
             received=received,
             reloaded=reloaded,
             backwards=screen.backwards,
-            troubles=[*self._ledger.troubles, *died],
+            troubles=[*self._ledger.troubles, *failures],
         )
 
     def _moment(self) -> view.Moment:
         stage, subscriber = self._stage, self._subscriber
-        relays = [
-            view.Part(relay.name, f"process {pid}" if pid else "killed", pid is not None)
-            for relay in stage.relays
-            for pid in (relay.pid,)
-        ]
         return view.Moment(
             seconds=time.monotonic() - self._started_at,
             tally=self._ledger.tally(),
             pending=self._states.get("pending", 0) + self._states.get("parked", 0),
             delivered=self._states.get("delivered", 0),
             parts=[
-                *relays,
-                view.Part("Centrifugo", "running" if stage.centrifugo_runs else "killed", stage.centrifugo_runs),
-                view.Part("subscriber", "connected" if subscriber.connected else "disconnected", subscriber.connected),
+                *(view.Part(relay.name, relay.pid is not None) for relay in stage.relays),
+                view.Part("Centrifugo", stage.centrifugo_runs),
+                view.Part("subscriber", subscriber.connected),
             ],
             story=tuple(self._story),
-            arrivals=[(arrival, self._ledger.lag(arrival.event_id)) for arrival in subscriber.screen.last],
+            arrivals=subscriber.screen.last,
         )
 
     def _tell(self, text: str) -> None:

@@ -16,17 +16,18 @@ import centrifuge  # type: ignore[import-untyped]
 
 from outbox_relay.demo.ledger import Ledger
 from outbox_relay.demo.verdict import Row
+from outbox_relay.embedded._process import EmbeddedError
 
-LAST: Final = 6
+LAST: Final = 20
 READY_SECONDS: Final = 15
 
 
 class Arrival(NamedTuple):
-    """A publication, and whether it was newer than what the screen showed."""
+    """A publication: its lag in seconds, if it is known, and whether it was newer than what the screen showed."""
 
-    event_id: str
     order: str
     row: Row
+    lag: float | None
     news: bool
 
 
@@ -39,12 +40,12 @@ class Screen:
         self.last: tuple[Arrival, ...] = ()
         self.backwards = 0
 
-    def receive(self, event_id: str, order: str, row: Row) -> None:
+    def receive(self, order: str, row: Row, lag: float | None = None) -> None:
         """Show an order's new state unless as new a one is shown already."""
         news = order not in self.rows or row.version > self.rows[order].version
         if news:
             self._draw(order, row)
-        self.last = (*self.last, Arrival(event_id, order, row, news))[-LAST:]
+        self.last = (*self.last, Arrival(order, row, lag, news))[-LAST:]
 
     def reload(self, orders: Mapping[str, Row]) -> None:
         """Take over the state of the database: it has everything that was committed before it was read."""
@@ -62,7 +63,8 @@ class Screen:
 class Subscriber(centrifuge.SubscriptionEventHandler):  # type: ignore[misc]
     """A WebSocket client in a thread of its own, subscribed from the start of the `with` block to its end.
 
-    `load` reads the orders from the database; `tell` hears when they had to be read again.
+    `load` reads the orders from the database; `tell` hears when they had to be read again. Raises EmbeddedError
+    if it cannot subscribe at first; later failures become troubles of the ledger.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class Subscriber(centrifuge.SubscriptionEventHandler):  # type: ignore[misc]
     def __enter__(self) -> Self:
         self._thread.start()
         if not self._ready.wait(READY_SECONDS):
-            self._ledger.troubles.append(f"could not subscribe within {READY_SECONDS} s")
+            raise EmbeddedError(f"the subscriber could not subscribe within {READY_SECONDS} s")
         return self
 
     def __exit__(
@@ -120,6 +122,7 @@ class Subscriber(centrifuge.SubscriptionEventHandler):  # type: ignore[misc]
         if not context.recovered:
             # Publications wait until this returns, so nothing can fall between the state and the stream.
             self.screen.reload(await asyncio.to_thread(self._load))
+            self._ledger.reload(self.screen.reloaded)
             if context.was_recovering:
                 self._tell("subscriber: not recovered, state reloaded from the database")
         self.connected = True
@@ -128,6 +131,6 @@ class Subscriber(centrifuge.SubscriptionEventHandler):  # type: ignore[misc]
     async def on_publication(self, context: centrifuge.PublicationContext) -> None:
         publication = context.pub
         tags: dict[str, str] = publication.tags
-        self._ledger.receive(tags["ob_event"])
+        lag = self._ledger.receive(tags["ob_event"])
         row = Row(int(tags["ob_version"]), publication.data["status"])
-        self.screen.receive(tags["ob_event"], tags["ob_id"], row)
+        self.screen.receive(tags["ob_id"], row, lag)

@@ -42,8 +42,8 @@ class Order(Base):
     __mapper_args__ = {"version_id_col": version}  # noqa: RUF012 - SQLAlchemy's own form
 
 
-def change_an_order(session: Session) -> str:
-    """Place an order or move one on, enqueue its new state, and return the event's id. Does not commit."""
+def change_an_order(session: Session, event_id: uuid.UUID) -> Order:
+    """Place an order or move one on, and write the event with its new state. Does not commit."""
     number = random.randrange(1, ORDERS + 1)
     order = session.get(Order, number)
     if order is None:
@@ -51,7 +51,6 @@ def change_an_order(session: Session) -> str:
         session.add(order)
     else:
         order.status = STATUSES[(STATUSES.index(order.status) + 1) % len(STATUSES)]
-    event_id = uuid.uuid4()
     enqueue_for(
         session,
         order,
@@ -61,7 +60,7 @@ def change_an_order(session: Session) -> str:
         aggregate_type="order",
         event_id=event_id,
     )
-    return str(event_id)
+    return order
 
 
 class Shop:
@@ -102,9 +101,10 @@ class Shop:
             raise
 
     def _change(self) -> None:
-        with Session(self._engine) as session:
+        event_id = uuid.uuid4()
+        with Session(self._engine, expire_on_commit=False) as session:
             try:
-                event_id = change_an_order(session)
+                order = change_an_order(session, event_id)
             except (StaleDataError, IntegrityError):
                 session.rollback()
                 self._ledger.roll_back()
@@ -114,7 +114,7 @@ class Shop:
                 self._ledger.roll_back()
             else:
                 session.commit()
-                self._ledger.commit(event_id)
+                self._ledger.commit(str(event_id), str(order.id), order.version)
 
 
 def load_orders(engine: sa.Engine) -> dict[str, Row]:

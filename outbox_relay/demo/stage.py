@@ -17,7 +17,7 @@ from typing import Final, NamedTuple, Self
 import sqlalchemy as sa
 
 from outbox_relay.demo.shop import WRITERS, Base
-from outbox_relay.embedded._process import Process
+from outbox_relay.embedded._process import Process, tail
 from outbox_relay.embedded.centrifugo import Centrifugo, find_or_build
 from outbox_relay.embedded.postgres import Postgres
 from outbox_relay.migrations import migrate
@@ -43,9 +43,11 @@ class Relay:
         return self._process.pid if self._process is not None and self._process.alive() else None
 
     @property
-    def failed(self) -> bool:
-        """Whether it ended without being asked to."""
-        return self._process is not None and not self._process.alive()
+    def failure(self) -> str | None:
+        """The last line of its log if it ended without being asked to."""
+        if self._process is None or self._process.alive():
+            return None
+        return f"{self.name} ended by itself: {tail(self._log, 1)}"
 
     def start(self) -> None:
         self._process = Process(
@@ -145,7 +147,7 @@ class Stage:
     def restore(self) -> None:
         """Start whatever does not run because it was killed on purpose."""
         for number, relay in enumerate(self.relays):
-            if relay.pid is None and not relay.failed:
+            if relay.pid is None and relay.failure is None:
                 self.start_relay(number)
         if not self.centrifugo_runs:
             self.start_centrifugo()
