@@ -2,7 +2,8 @@
 --
 --   psql -v schema=public -v owner=outbox_owner -v writer=app -v relay=outbox_relay -f roles.sql
 --
--- owner   owns the tables, runs migrations, cannot log in
+-- owner   owns the tables and types; cannot log in: its members migrate as it, with ?options=-crole%3Doutbox_owner
+--         at the end of the database's URL
 -- writer  the application: adds events and can do nothing else to them
 -- relay   claims and settles: reads, updates and deletes events, never adds one
 \set ON_ERROR_STOP on
@@ -22,6 +23,14 @@ GRANT USAGE ON SCHEMA :"schema" TO :"writer", :"relay";
 ALTER TABLE :"schema".outbox OWNER TO :"owner";
 ALTER TABLE :"schema".outbox_lane OWNER TO :"owner";
 ALTER TABLE :"schema".outbox_hold OWNER TO :"owner";
+ALTER TYPE :"schema".outbox_kind OWNER TO :"owner";
+ALTER TYPE :"schema".outbox_state OWNER TO :"owner";
+ALTER DOMAIN :"schema".outbox_aggregate_type OWNER TO :"owner";
+ALTER DOMAIN :"schema".outbox_aggregate_id OWNER TO :"owner";
+ALTER DOMAIN :"schema".outbox_version OWNER TO :"owner";
+ALTER DOMAIN :"schema".outbox_channels OWNER TO :"owner";
+ALTER DOMAIN :"schema".outbox_payload OWNER TO :"owner";
+ALTER DOMAIN :"schema".outbox_tags OWNER TO :"owner";
 REVOKE ALL ON :"schema".outbox, :"schema".outbox_lane, :"schema".outbox_hold FROM PUBLIC;
 
 -- What the relay fills in (id, lane, state, accepted, settled_at, error, created_at) is not the writer's to set.

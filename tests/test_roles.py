@@ -1,0 +1,222 @@
+"""docs/roles.sql: what each role can do, and that it can do no more."""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+from psycopg import sql
+from psycopg.errors import InsufficientPrivilege
+
+from outbox_relay import Outbox
+from outbox_relay.config import load
+from outbox_relay.doctor import examine
+from outbox_relay.embedded.centrifugo import Centrifugo
+from outbox_relay.migrations import migrate
+from outbox_relay.outcome import Policy
+from outbox_relay.relay import Options
+from tests.conftest import MakeRelay, sqlalchemy_engine
+from tests.support.gateway import Gateway, refuse
+from tests.support.programs import psql
+from tests.support.subscriber import Subscriber
+from tests.support.waiting import wait_until
+
+SCRIPT = Path(__file__).parents[1] / "docs" / "roles.sql"
+PASSWORD = "only-for-this-test"
+
+Subscribe = Callable[..., Subscriber]
+
+only_public = pytest.mark.parametrize("site", ["public"], indirect=True)
+
+
+class Site(NamedTuple):
+    """A database with an outbox in `schema`, and the URLs of those who work on it."""
+
+    schema: str
+    admin: str
+    owner: str
+    writer: str
+    relay: str
+
+
+@pytest.fixture(params=["public", 'the "app"'], ids=["public", "strange"])
+def site(empty_database_url: str, request: pytest.FixtureRequest) -> Iterator[Site]:
+    """Migrated and given away to fresh roles, by the script as its first lines say; the roles go with the test."""
+    schema: str = request.param
+    migrate(sqlalchemy_engine(empty_database_url), schema=schema)
+    run = uuid.uuid4().hex
+    roles = {kind: f"{kind}-{run}" for kind in ("owner", "writer", "relay")}
+    variables = [f"--set={name}={value}" for name, value in {"schema": schema, **roles}.items()]
+    with psycopg.connect(empty_database_url, autocommit=True) as admin:
+        for _ in range(2):  # the second time it finds nothing to do
+            psql(empty_database_url, *variables, f"--file={SCRIPT}")
+        url = sa.make_url(empty_database_url)
+        logins = {}
+        for kind in ("writer", "relay"):
+            alter = sql.SQL("ALTER ROLE {} PASSWORD {}")
+            admin.execute(alter.format(sql.Identifier(roles[kind]), PASSWORD))
+            login = url.set(username=roles[kind], password=PASSWORD)
+            logins[kind] = login.render_as_string(hide_password=False)
+        # It cannot log in: whoever is a member becomes it.
+        owner = url.update_query_dict({"options": f"-c role={roles['owner']}"})
+        yield Site(schema, empty_database_url, owner.render_as_string(hide_password=False), **logins)
+        for role in roles.values():
+            admin.execute(sql.SQL("DROP OWNED BY {0} CASCADE; DROP ROLE {0}").format(sql.Identifier(role)))
+
+
+def attempt(url: str, schema: str, statement: str) -> None:
+    """Run one statement as somebody whose search path finds the outbox; what it did is rolled back."""
+    with psycopg.connect(url) as connection:
+        connection.execute(sql.SQL("SET search_path = {}").format(sql.Identifier(schema)))
+        try:
+            connection.execute(statement.encode())
+        finally:
+            connection.rollback()
+
+
+ROW = "(aggregate_type, aggregate_id, version, channels, payload"
+INSERT = f"INSERT INTO outbox {ROW}) VALUES ('order', '1', 1, '{{plain:a}}', '{{}}')"
+
+
+def insert_with(column: str, value: str) -> str:
+    return f"INSERT INTO outbox {ROW}, {column}) VALUES ('order', '1', 1, '{{plain:a}}', '{{}}', {value})"
+
+
+FORBIDDEN_TO_WRITER = [
+    "SELECT FROM outbox",
+    f"{INSERT} RETURNING id",
+    "UPDATE outbox SET version = 2",
+    "DELETE FROM outbox",
+    "TRUNCATE outbox",
+    insert_with("state", "'delivered'"),
+    insert_with("created_at", "now()"),
+    insert_with("accepted", "'{a}'"),
+    insert_with("settled_at", "now()"),
+    insert_with("error", "'x'"),
+    f"INSERT INTO outbox {ROW}, id) OVERRIDING SYSTEM VALUE VALUES ('order', '1', 1, '{{a}}', '{{}}', 1)",
+    "SELECT FROM outbox_lane FOR UPDATE",
+    "SELECT FROM outbox_hold",
+    "DELETE FROM outbox_hold",
+    "DROP TABLE outbox",
+    "ALTER TABLE outbox DISABLE TRIGGER ALL",
+]
+FORBIDDEN_TO_RELAY = [
+    INSERT,
+    "TRUNCATE outbox",
+    "INSERT INTO outbox_lane VALUES (256)",
+    "DELETE FROM outbox_lane",
+    "TRUNCATE outbox_hold",
+    "DROP TABLE outbox",
+    "DROP INDEX outbox_pending",
+    "ALTER TABLE outbox ADD COLUMN extra int",
+    "ALTER TABLE outbox_hold OWNER TO CURRENT_USER",
+    "ALTER DOMAIN outbox_version DROP CONSTRAINT version_is_1_to_2_to_the_53_minus_1",
+    "UPDATE outbox_relay_version SET version_num = 'x'",
+]
+
+
+def test_the_writer_writes(site: Site) -> None:
+    """The whole writing API, with every field, and the plain INSERT."""
+    outbox = Outbox(site.schema)
+    event: dict[str, Any] = {
+        "channels": "plain:a",
+        "payload": {},
+        "kind": "snapshot",
+        "tags": {"a": "b"},
+        "expires_at": datetime(2030, 1, 1, tzinfo=UTC),
+        "event_id": uuid.uuid4(),
+        "traceparent": "t",
+    }
+    with sqlalchemy_engine(site.writer).begin() as connection:
+        connection.execute(outbox.enqueue("order", "1", version=1, **event))
+    attempt(site.writer, site.schema, INSERT)
+
+
+@only_public
+def test_the_writer_does_nothing_else(site: Site) -> None:
+    """It cannot read, change or remove events, nor set what is the relay's to set."""
+    assert allowed(site.writer, site, FORBIDDEN_TO_WRITER) == []
+
+
+@only_public
+def test_the_relay_adds_and_alters_nothing(site: Site) -> None:
+    """It cannot add events, and cannot touch the tables themselves."""
+    assert allowed(site.relay, site, FORBIDDEN_TO_RELAY) == []
+
+
+def allowed(url: str, site: Site, statements: list[str]) -> list[str]:
+    """Those of the statements that somebody may run. They are sound: the administrator may run them all."""
+    found = []
+    for statement in statements:
+        attempt(site.admin, site.schema, statement)
+        try:
+            attempt(url, site.schema, statement)
+        except InsufficientPrivilege:
+            continue
+        found.append(statement)
+    return found
+
+
+def test_a_relay_with_these_rights_delivers(
+    site: Site, centrifugo: Centrifugo, make_relay: MakeRelay, subscribe: Subscribe, channel: str
+) -> None:
+    """All that a relay ever does, with the relay's rights alone: deliver, hold, give up, go on, remove; and the
+    doctor finds nothing wrong."""
+    subscriber = subscribe(channel)
+    with psycopg.connect(site.admin, autocommit=True) as admin:
+        table, holds = (sql.Identifier(site.schema, name) for name in ("outbox", "outbox_hold"))
+
+        def write_event(name: str, version: int) -> None:
+            with sqlalchemy_engine(site.writer).begin() as connection:
+                statement = Outbox(site.schema).enqueue("order", name, version=version, channels=channel, payload={})
+                connection.execute(statement)
+
+        def ends() -> list[tuple[str, int]]:
+            query = sql.SQL("SELECT state::text, version FROM {} ORDER BY id").format(table)
+            return admin.execute(query).fetchall()
+
+        def is_held() -> bool:
+            return admin.execute(sql.SQL("SELECT FROM {}").format(holds)).fetchone() is not None
+
+        options = Options(keep=0.0, policy=Policy(max_attempts=1, min_age=0.0, backoff_base=0.05, backoff_max=0.05))
+        bad = refuse(107, lambda command: command.aggregate == ("order", "bad") and command.version == 1)
+        with (
+            Gateway(centrifugo.api_url, bad) as gateway,
+            make_relay(options, database_url=site.relay, schema=site.schema, api_url=gateway.url),
+        ):
+            for name, version in (("good", 1), ("bad", 1), ("bad", 2)):
+                write_event(name, version)
+            wait_until(is_held, "the refused order waits")
+            versions = itertools.count(2)
+
+            def is_given_up() -> bool:
+                write_event("good", next(versions))  # what others may send is the evidence against it
+                return ("dead", 1) in ends()
+
+            wait_until(is_given_up, "the refused event is dead")
+            wait_until(lambda: ends() == [("dead", 1)], "what was delivered is removed, what is dead stays")
+            assert not is_held()
+    received = subscriber.wait_for(next(versions))
+    assert [publication.version for publication in received if publication.tags["ob_id"] == "bad"] == [2]
+    settings = load(
+        {"schema": site.schema},
+        environ={
+            "OUTBOX_RELAY_DATABASE_URL": site.relay,
+            "OUTBOX_RELAY_CENTRIFUGO_URL": centrifugo.api_url,
+            "OUTBOX_RELAY_CENTRIFUGO_API_KEY": centrifugo.api_key,
+        },
+    )
+    assert [finding for finding in examine(settings) if not finding.ok] == []
+
+
+def test_the_owner_migrates(site: Site) -> None:
+    """The owner can take everything down and make it again."""
+    migrate(sqlalchemy_engine(site.owner), "base", schema=site.schema, down=True)
+    migrate(sqlalchemy_engine(site.owner), schema=site.schema)
