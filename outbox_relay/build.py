@@ -2,19 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from functools import partial
 
 from outbox_relay import config
 from outbox_relay.centrifugo import Centrifugo
 from outbox_relay.config import ConfigError, Settings, TypeSettings
+from outbox_relay.metrics import BacklogCollector, HealthCollector, Metrics, registry
+from outbox_relay.monitor import Monitor
 from outbox_relay.outcome import Policy
-from outbox_relay.relay import Limits, Options, Relay
+from outbox_relay.relay import Limits, Observer, Options, Relay
 from outbox_relay.store import Store
 
 
-def build_relay(settings: Settings) -> Relay:
+@contextmanager
+def monitored_relay(settings: Settings) -> Iterator[Relay]:
+    """A relay that has not been started, and beside it, if `metrics_port` is set, its metrics and health checks.
+
+    Raises `ConfigError`, also when that port cannot be had.
+    """
+    if settings.metrics_port is None:
+        yield build_relay(settings)
+        return
+    metrics = Metrics()
+    relay = build_relay(settings, metrics)
+    backlog = BacklogCollector(partial(_backlog, settings))
+    try:
+        monitor = Monitor(
+            settings.metrics_host,
+            settings.metrics_port,
+            registry(metrics, HealthCollector(relay.health), backlog),
+            relay.health,
+        )
+    except OSError as error:
+        where = f"{settings.metrics_host}, port {settings.metrics_port}"
+        raise ConfigError(f"metrics_port: cannot listen on {where}: {error.strerror}") from None
+    with monitor:
+        yield relay
+
+
+def _backlog(settings: Settings) -> Mapping[str, float | None]:
+    # A session for every question: they are seconds apart, and nothing is left open where nobody asks any more.
+    with closing(build_store(settings)) as store:
+        return store.backlog()._asdict()
+
+
+def build_relay(settings: Settings, observer: Observer | None = None) -> Relay:
     """A relay that has not been started. Raises `ConfigError`."""
-    return Relay(partial(build_store, settings), partial(build_publisher, settings), options(settings))
+    return Relay(partial(build_store, settings), partial(build_publisher, settings), options(settings), observer)
 
 
 def build_store(settings: Settings) -> Store:
@@ -53,6 +89,7 @@ def options(settings: Settings) -> Options:
         poll_max=settings.poll_max,
         pause_max=settings.pause_max,
         stop_timeout=settings.stop_timeout,
+        frozen_after=_frozen_after(settings),
         limits=Limits(
             events=settings.request_events, bytes=settings.request_bytes, channel_bytes=settings.channel_bytes
         ),
@@ -61,6 +98,12 @@ def options(settings: Settings) -> Options:
         keep=settings.keep,
         keep_dead=settings.keep_dead,
     )
+
+
+def _frozen_after(settings: Settings) -> float:
+    """Longer than a turn can take: its longest waits, and several statements that end just before their time-out."""
+    statement = settings.request_timeout + settings.batch_time + 1.0
+    return 30.0 + 4 * statement + max(settings.poll_max, settings.pause_max)
 
 
 def policy(settings: Settings, own: TypeSettings | None = None) -> Policy:

@@ -82,6 +82,12 @@ def run(  # noqa: PLR0917 - Typer's options are keywords
     ] = False,
     log_format: Annotated[str | None, typer.Option(help="console or json. [default: console]")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error. [default: info]")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Serve /metrics, /live and /ready on this port. [default: none is opened]")
+    ] = None,
+    metrics_host: Annotated[
+        str | None, typer.Option(help="Address to serve them on, to whoever asks. [default: 127.0.0.1]")
+    ] = None,
 ) -> None:
     """Deliver events until stopped.
 
@@ -97,24 +103,27 @@ def run(  # noqa: PLR0917 - Typer's options are keywords
         workers=workers,
         log_format=log_format,
         log_level=log_level,
+        metrics_port=metrics_port,
+        metrics_host=metrics_host,
     ) as settings:
         configuration.need(settings, "database_url", "centrifugo_url", "centrifugo_api_key")
-        from outbox_relay.build import build_publisher, build_relay
+        from outbox_relay.build import build_publisher, monitored_relay
         from outbox_relay.relay import Ended
 
         build_publisher(settings).close()
         log.configure(settings.log_format, settings.log_level, settings.secrets())
-        relay = build_relay(settings)
+        with monitored_relay(settings) as relay:
 
-        def on_signal(_number: int, _frame: FrameType | None) -> None:
-            if relay.stopping:
-                # Nothing to clean up: what was claimed is free again as soon as the connections are gone.
-                os._exit(EXIT_HARD_STOP)
-            relay.stop()
+            def on_signal(_number: int, _frame: FrameType | None) -> None:
+                if relay.stopping:
+                    # Nothing to clean up: what was claimed is free again as soon as the connections are gone.
+                    os._exit(EXIT_HARD_STOP)
+                relay.stop()
 
-        signal.signal(signal.SIGTERM, on_signal)
-        signal.signal(signal.SIGINT, on_signal)
-        match relay.run(until_empty=until_empty):
+            signal.signal(signal.SIGTERM, on_signal)
+            signal.signal(signal.SIGINT, on_signal)
+            ended = relay.run(until_empty=until_empty)
+        match ended:
             case Ended.ONLY_HELD:
                 raise typer.Exit(EXIT_ONLY_HELD)
             case Ended.HUNG | Ended.FAILED:

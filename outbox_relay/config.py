@@ -83,6 +83,12 @@ class Settings:
     types: Annotated[
         dict[str, TypeSettings], Doc("what differs for an aggregate type: a table [types.NAME] in the TOML file")
     ] = field(default_factory=dict)
+    metrics_port: Annotated[
+        int | None, Field(ge=1, le=65_535), Doc("port of /metrics, /live and /ready; without one there are none")
+    ] = None
+    metrics_host: Annotated[
+        str, Field(min_length=1), Doc("address on which that port listens; it asks nobody for a password")
+    ] = "127.0.0.1"
     log_format: Annotated[Literal["console", "json"], Doc("console or json")] = "console"
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Doc("debug, info, warning or error")] = "info"
 
