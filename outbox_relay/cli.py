@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from outbox_relay import cli_operator, log
 from outbox_relay import config as configuration
-from outbox_relay import log
 from outbox_relay.cli_shared import (
     EXIT_PROBLEM,
     AsJson,
@@ -72,7 +72,7 @@ def run(  # noqa: PLR0917 - Typer's options are keywords
     database_url: DatabaseUrl = None,
     centrifugo_url: CentrifugoUrl = None,
     schema: Schema = None,
-    workers: Annotated[int | None, typer.Option(help="Threads, each with a database session. [default: 2]")] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads, each with a database session. \\[default: 2]")] = None,
     until_empty: Annotated[
         bool,
         typer.Option(
@@ -80,13 +80,13 @@ def run(  # noqa: PLR0917 - Typer's options are keywords
             help="Exit when nothing is pending: with 0, or with 3 if refused events are left waiting.",
         ),
     ] = False,
-    log_format: Annotated[str | None, typer.Option(help="console or json. [default: console]")] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error. [default: info]")] = None,
+    log_format: Annotated[str | None, typer.Option(help="console or json. \\[default: console]")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error. \\[default: info]")] = None,
     metrics_port: Annotated[
-        int | None, typer.Option(help="Serve /metrics, /live and /ready on this port. [default: none is opened]")
+        int | None, typer.Option(help="Serve /metrics, /live and /ready on this port. \\[default: none is opened]")
     ] = None,
     metrics_host: Annotated[
-        str | None, typer.Option(help="Address to serve them on, to whoever asks. [default: 127.0.0.1]")
+        str | None, typer.Option(help="Address to serve them on, to whoever asks. \\[default: 127.0.0.1]")
     ] = None,
 ) -> None:
     """Deliver events until stopped.
@@ -230,7 +230,7 @@ def status(
 @app.command()
 def demo(
     seconds: Annotated[
-        float | None, typer.Option(help="How long it runs. [default: until Ctrl-C, 20 without a terminal]")
+        float | None, typer.Option(help="How long it runs. \\[default: until Ctrl-C, 20 without a terminal]")
     ] = None,
 ) -> None:
     """Run the whole thing on real servers of its own: PostgreSQL, Centrifugo, writers, two relays, a subscriber.
@@ -242,6 +242,9 @@ def demo(
     except ImportError as error:
         fail(f"{error}: pip install 'outbox-relay[demo]'")
     raise typer.Exit(run_demo(seconds=seconds))
+
+
+cli_operator.register(app)
 
 
 @contextmanager

@@ -21,13 +21,13 @@ EXIT_USAGE: Final = 2
 
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", help="TOML file with settings. [default: ./outbox-relay.toml if there is one]"),
+    typer.Option("--config", help="TOML file with settings. \\[default: ./outbox-relay.toml if there is one]"),
 ]
 DatabaseUrl = Annotated[
     str | None,
     typer.Option("--database-url", help="PostgreSQL URL. One with a password is better kept in the environment."),
 ]
-Schema = Annotated[str | None, typer.Option("--schema", help="Schema that holds the outbox. [default: public]")]
+Schema = Annotated[str | None, typer.Option("--schema", help="Schema that holds the outbox. \\[default: public]")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for programs.")]
 
 
