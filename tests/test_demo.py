@@ -142,7 +142,7 @@ def test_it_survives_the_harm_and_says_so() -> None:
     assert demo.returncode == 0, demo.stdout + demo.stderr
     lines = demo.stdout.splitlines()
     assert lines[-1] == "verdict: all of this is true", demo.stdout
-    assert "SIGKILL to a relay 1, to Centrifugo 1" in lines[-2]
+    assert "killed: relay 1, Centrifugo 1" in lines[-2]
     for happened in ("relay A: SIGKILL", "relay A: started again", "Centrifugo: SIGKILL", "reloaded from the database"):
         assert happened in demo.stdout
 

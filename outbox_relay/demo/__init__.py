@@ -23,7 +23,7 @@ def main(seconds: float | None = None) -> int:
 
 def run(seconds: float | None, *, console: Console) -> int:
     """Run for `seconds`; by default until Ctrl-C, and 20 without a terminal. Ends with the verdict."""
-    if seconds is None and not console.is_terminal:
+    if seconds is None and not console.is_interactive:
         seconds = SECONDS
     try:
         with Demo(console) as demo, interruptions() as interrupted:

@@ -69,8 +69,8 @@ class Demo:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Show a live view where the console is a terminal, and lines elsewhere."""
-        if not self._console.is_terminal:
+        """Show a live view where the console is a terminal that can, and lines elsewhere."""
+        if not self._console.is_interactive:
             yield
             return
         self._live = True
@@ -95,8 +95,8 @@ class Demo:
             if not self._live and now >= line_at:
                 self._print(view.line(self._moment()))
                 line_at += PLAIN_LINE_SECONDS
-            events = (TICK, due.at - now if due else TICK, seconds - now if seconds is not None else TICK)
-            if _interrupted_within(min(events), interrupted):
+            waits = (TICK, due.at - now if due else TICK, seconds - now if seconds is not None else TICK)
+            if _interrupted_within(min(waits), interrupted):
                 return
 
     def finish(self, interrupted: Interrupted) -> list[Clause]:
@@ -119,7 +119,7 @@ class Demo:
         p50, p99 = (view.milliseconds(percentile(lags, percent)) for percent in (50, 99))
         return (
             f"rolled back {tally.rolled_back:,}, duplicates {tally.duplicates:,}; "
-            f"SIGKILL to a relay {self._stage.relay_kills}, to Centrifugo {self._stage.centrifugo_kills}; "
+            f"killed: relay {self._stage.relay_kills}, Centrifugo {self._stage.centrifugo_kills}; "
             f"lag p50 {p50}, p99 {p99}"
         )
 

@@ -22,7 +22,7 @@ ORDERS: Final = 40
 WRITERS: Final = 4
 PAUSE: Final = 0.025
 ROLLED_BACK: Final = 0.15
-STATUSES: Final = ("placed", "paid", "packed", "shipped", "delivered", "returned", "refunded")
+STATUSES: Final = ("placed", "paid", "packed", "shipped", "arrived", "returned", "refunded")
 STOP_SECONDS: Final = 30
 
 

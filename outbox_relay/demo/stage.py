@@ -40,7 +40,8 @@ class Relay:
     @property
     def pid(self) -> int | None:
         """The process id, or None where it does not run."""
-        return self._process.pid if self._process is not None and self._process.alive() else None
+        process = self._process  # read once: the view asks from another thread
+        return process.pid if process is not None and process.alive() else None
 
     @property
     def failure(self) -> str | None:

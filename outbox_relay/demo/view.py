@@ -107,7 +107,7 @@ def _arrivals(arrivals: Sequence[Arrival]) -> Table:
         table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     for arrival in arrivals[-ROWS:]:
-        last = Text(milliseconds(arrival.lag)) if arrival.news else Text("not newer, ignored", "yellow")
+        last = Text(milliseconds(arrival.lag)) if arrival.news else Text("not newer", "yellow")
         table.add_row(f"order {arrival.order}", f"v{arrival.row.version}", arrival.row.status, last)
     return table
 
