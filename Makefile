@@ -25,6 +25,10 @@ setup: $(STAMP) ## Make the environment ready: Python packages, PostgreSQL, Cent
 demo: setup ## Run the main job on real servers (ARGS='--seconds 60')
 	@.venv/bin/outbox-relay demo $(ARGS)
 
+.PHONY: picture
+picture: setup ## Make docs/demo.svg anew
+	@.venv/bin/python tools/picture.py
+
 .PHONY: test
 test: setup $(LOWEST) ## Run the whole test suite, then again with the oldest dependencies (ARGS='-k name')
 	.venv/bin/python -m pytest -n $(JOBS) $(ARGS)
@@ -71,7 +75,7 @@ define environment
 	@rm -rf $(1)
 	@set -e; if uv --version >/dev/null 2>&1; then \
 		uv venv --quiet --no-project --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(1); \
-		uv pip install --quiet --python $(1)/bin/python --require-hashes -r $(2); \
+		uv pip install --quiet --compile-bytecode --python $(1)/bin/python --require-hashes -r $(2); \
 		uv pip install --quiet --python $(1)/bin/python --no-deps --no-build-isolation -e .; \
 	else \
 		$(PYTHON) -m venv $(1); \

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from queue import SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -31,6 +33,7 @@ from outbox_relay.config import Settings
 
 if TYPE_CHECKING:
     from outbox_relay.doctor import Finding
+    from outbox_relay.relay import Ended, Relay
 
 EXIT_ONLY_HELD: Final = 3
 EXIT_HARD_STOP: Final = 130
@@ -113,16 +116,7 @@ def run(  # noqa: PLR0917 - Typer's options are keywords
         build_publisher(settings).close()
         log.configure(settings.log_format, settings.log_level, settings.secrets())
         with monitored_relay(settings) as relay:
-
-            def on_signal(_number: int, _frame: FrameType | None) -> None:
-                if relay.stopping:
-                    # Nothing to clean up: what was claimed is free again as soon as the connections are gone.
-                    os._exit(EXIT_HARD_STOP)
-                relay.stop()
-
-            signal.signal(signal.SIGTERM, on_signal)
-            signal.signal(signal.SIGINT, on_signal)
-            ended = relay.run(until_empty=until_empty)
+            ended = _run_until_signal(relay, until_empty=until_empty)
         match ended:
             case Ended.ONLY_HELD:
                 raise typer.Exit(EXIT_ONLY_HELD)
@@ -230,7 +224,7 @@ def status(
 @app.command()
 def demo(
     seconds: Annotated[
-        float | None, typer.Option(help="How long it runs. \\[default: until Ctrl-C, 20 without a terminal]")
+        float | None, typer.Option(min=1, help="How long it runs. \\[default: until Ctrl-C, 20 without a terminal]")
     ] = None,
 ) -> None:
     """Run the whole thing on real servers of its own: PostgreSQL, Centrifugo, writers, two relays, a subscriber.
@@ -245,6 +239,31 @@ def demo(
 
 
 cli_operator.register(app)
+
+
+def _run_until_signal(relay: Relay, *, until_empty: bool) -> Ended:
+    """Run the relay in threads of its own, while the main thread waits for its end or for a signal.
+
+    A handler interrupts the main thread anywhere and may take no lock that this one may hold, as `Event.set` does.
+    Putting into a SimpleQueue is the exception that the standard library makes for it.
+    """
+    notes: SimpleQueue[Ended | None] = SimpleQueue()
+    asked = False
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            # Nothing to clean up: what was claimed is free again as soon as the connections are gone.
+            os._exit(EXIT_HARD_STOP)
+        asked = True
+        notes.put(None)
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    threading.Thread(target=lambda: notes.put(relay.run(until_empty=until_empty)), daemon=True).start()
+    while (note := notes.get()) is None:
+        relay.stop()
+    return note
 
 
 @contextmanager

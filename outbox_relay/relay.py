@@ -453,13 +453,15 @@ class Relay:
         )
 
     def stop(self) -> None:
-        """Ask the workers to finish the request in flight, settle what is known and end. Returns at once."""
+        """Ask the workers to finish the request in flight, settle what is known and end. Returns at once.
+
+        Takes a lock: not for a signal handler.
+        """
         self._shared.stopping.set()
 
     def join(self) -> Ended:
         """Wait until the workers have ended; after `stop`, at most `stop_timeout` seconds."""
-        while not self._shared.stopping.wait(1.0):
-            pass  # a wait without end would keep signal handlers from running on some platforms
+        self._shared.stopping.wait()
         deadline = boottime() + self._options.stop_timeout
         for thread in self._threads:
             thread.join(max(0.0, deadline - boottime()))
