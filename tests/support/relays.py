@@ -69,7 +69,7 @@ class RelayProcess:
         return sum(line.get("event") == event for line in self.log)
 
     def wait_for(self, event: str, seconds: float = PATIENCE) -> None:
-        wait_until(lambda: self.said(event), f"the relay logs {event!r}:\n{self.output}", seconds)
+        wait_until(lambda: self.said(event), f"the relay logs {event!r}, in {self.output_path}", seconds)
 
     def alive(self) -> bool:
         return self._process.poll() is None

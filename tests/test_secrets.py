@@ -1,0 +1,160 @@
+"""Hazard 49: the API key and the database password never leave the process, whatever goes wrong."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable
+from urllib.parse import quote
+
+import pytest
+import sqlalchemy as sa
+
+from outbox_relay.centrifugo import Centrifugo as Publisher
+from outbox_relay.embedded.centrifugo import Centrifugo
+from outbox_relay.store import Store
+from tests.conftest import Connect, MakeRelay, StartRelay
+from tests.support.gateway import Exchange, Gateway
+from tests.support.waiting import wait_until
+from tests.support.writing import states, write
+
+KEY = "canary-key-7f3a"
+PASSWORD = "canary p@ss/w:rd%"
+# As it is, as a URL writes it, and the pieces in which a parser may leave it.
+CANARIES = (KEY, PASSWORD, "canary%20p", "canary+p", "canary p", "ss/w:rd", "ss%2Fw")
+
+
+def leaked(text: str) -> list[str]:
+    return [canary for canary in CANARIES if canary in text]
+
+
+def with_password(database_url: str) -> str:
+    # SQLAlchemy leaves a space as it is, which libpq refuses.
+    url = sa.make_url(database_url).set(password="PASSWORD").render_as_string(hide_password=False)
+    return url.replace("PASSWORD", quote(PASSWORD, safe=""))
+
+
+BAD_DATABASES = {
+    "nobody listens": with_password("postgresql://u@127.0.0.1:1/x"),
+    "no such host": with_password("postgresql://u@nowhere.invalid/x"),
+    "a port that is none": with_password("postgresql://u@127.0.0.1:1/x").replace(":1/", ":port/"),
+    "an unescaped password": f"postgresql://u:{PASSWORD}@127.0.0.1:1/x",
+    "an unescaped password with a space in a parameter": f"postgresql://u@127.0.0.1:1/x?password={PASSWORD}",
+    "a keyword string": f"host=127.0.0.1 port=1 user=u password='{PASSWORD}'",
+    "a keyword string without its last quote": f"host=127.0.0.1 port=1 password='{PASSWORD}",
+    "a keyword that is none": f"host=127.0.0.1 pass='{PASSWORD}'",
+}
+
+
+@pytest.mark.parametrize("url", BAD_DATABASES.values(), ids=BAD_DATABASES)
+def test_hazard_49_connecting_to_a_bad_database(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Error, traceback and the drivers' own logs, for every way in which a URL is wrong."""
+    caplog.set_level(logging.DEBUG)
+    with pytest.raises(Exception) as error:  # noqa: PT011 - whatever it is, it must not tell
+        Store(url)
+    assert leaked("".join(traceback.format_exception(error.value)) + repr(error.value) + caplog.text) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "key"),
+    [
+        (f"http://127.0.0.1:1/api?api_key={KEY}", "k"),
+        (f"http://user:{KEY}@127.0.0.1:1/api", "k"),
+        (f"{KEY}:8000", "k"),
+        ("http://127.0.0.1:1", f"{KEY}\nX-Other: 1"),
+        ("http://127.0.0.1:1", f"{KEY}\u2603"),
+        ("http://127.0.0.1:1", f"{KEY} "),
+    ],
+    ids=["in the query", "in the user", "in place of the host", "two headers", "beyond ASCII", "nobody listens"],
+)
+def test_hazard_49_a_key_in_the_wrong_place_or_form(url: str, key: str, caplog: pytest.LogCaptureFixture) -> None:
+    """What is refused is refused without being repeated."""
+    caplog.set_level(logging.DEBUG)
+    try:
+        publisher = Publisher(url, key)
+    except ValueError as error:
+        said = "".join(traceback.format_exception(error))
+    else:
+        try:
+            said = repr(publisher.probe()) + repr(publisher)
+        finally:
+            publisher.close()
+    assert leaked(said + caplog.text) == []
+
+
+def test_hazard_49_a_relay_inside_an_application_that_logs_everything(
+    connect: Connect,
+    database_url: str,
+    make_relay: MakeRelay,
+    gateway: Gateway,
+    channel: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A wrong key, then trouble of every kind with an answer that repeats the key, with all loggers at DEBUG."""
+    caplog.set_level(logging.DEBUG)
+    write(connect(), "1", 1, channel)
+    faults: list[Callable[[Exchange], None]] = [
+        lambda exchange: exchange.answer(*exchange.forward()),
+        lambda exchange: exchange.answer(500, KEY.encode()),
+        lambda exchange: exchange.answer(307, headers={"Location": f"http://127.0.0.1:1/?api_key={KEY}"}),
+        lambda exchange: exchange.answer(200, b'{"error":{"code":100,"message":"%b"}}' % KEY.encode()),
+        Exchange.reset,
+    ]
+
+    def next_fault(exchange: Exchange) -> None:
+        faults[(len(gateway.requests) - 1) % len(faults)](exchange)
+
+    gateway.fault = next_fault
+    with make_relay(database_url=with_password(database_url), api_url=gateway.url, api_key=KEY):
+        gateway.wait_for_requests(2 * len(faults))
+    assert "outage" in caplog.text
+    ours = [record.getMessage() + str(record.__dict__) for record in caplog.records if record.name == "outbox_relay"]
+    assert leaked("".join(ours)) == []
+    assert leaked(caplog.text.replace(f"Location', b'http://127.0.0.1:1/?api_key={KEY}", "")) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"database_url": BAD_DATABASES["nobody listens"]}, "database lost"),
+        ({"database_url": BAD_DATABASES["a keyword string without its last quote"]}, "database"),
+        ({"schema": "none"}, "database lost"),
+        ({}, "outage"),
+        ({"centrifugo_api_key": f"{KEY}\u2603"}, ""),
+        ({"centrifugo_api_key": KEY, "workers": "many"}, "workers"),
+    ],
+    ids=["no database", "no database URL", "no tables", "a wrong key", "no key at all", "a wrong setting"],
+)
+def test_hazard_49_a_process_that_fails(
+    settings: dict[str, object],
+    said: str,
+    connect: Connect,
+    database_url: str,
+    start_relay: StartRelay,
+    channel: str,
+) -> None:
+    """Everything that `outbox-relay run` writes, tracebacks included, until it has said what is wrong or has ended."""
+    write(connect(), "1", 1, channel)
+    secrets = {"database_url": with_password(database_url), "centrifugo_api_key": KEY, "log_level": "debug"}
+    relay = start_relay(secrets | settings, wait=False)
+    wait_until(lambda: (said and said in relay.output) or not relay.alive(), "the relay says what is wrong")
+    if relay.alive():
+        relay.terminate()
+    assert said in relay.output
+    assert relay.output.strip()
+    assert leaked(relay.output) == []
+
+
+def test_hazard_49_a_relay_at_work(
+    connect: Connect, database_url: str, start_relay: StartRelay, centrifugo: Centrifugo, channel: str
+) -> None:
+    """Nothing is written of key, password or payload when all is well either."""
+    relay = start_relay(
+        {"database_url": with_password(database_url), "log_level": "debug", "log_format": "console"}, wait=False
+    )
+    connection = connect()
+    write(connection, "1", 1, channel, f'"{KEY}"')
+    wait_until(lambda: states(connection) == {"delivered": 1}, "the event is delivered")
+    relay.terminate()
+    assert leaked(relay.output) == []
+    assert centrifugo.api_key not in relay.output
