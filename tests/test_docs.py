@@ -13,7 +13,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import centrifuge  # type: ignore[import-untyped]
+import centrifuge
 import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr

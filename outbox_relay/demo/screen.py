@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
-import centrifuge  # type: ignore[import-untyped]
+import centrifuge
 
 from outbox_relay.demo.ledger import Ledger
 from outbox_relay.demo.verdict import Row
