@@ -114,9 +114,8 @@ def test_retry_after_is_respected(
         gateway.wait_for_requests(1)
         gateway.fault = None
         gateway.wait_for_requests(2)
-    first, second = gateway.heard_at
-    assert second - first >= 1.0
-    assert relay_options.pause_max < 1.0
+    first, second = gateway.heard_at[:2]
+    assert second - first > 3 * relay_options.pause_max
 
 
 def test_the_api_key_does_not_follow_a_redirect(
