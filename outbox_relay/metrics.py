@@ -92,16 +92,16 @@ class Metrics(Collector):
             self._batch_events.add((len(delivered) + len(settlements),))
             self._lag.add(lags)
 
-    def collect(self) -> Iterator[Metric]:
+    def collect(self) -> list[Metric]:
         with self._lock:
-            yield _counter("events", "Outcomes of events; each refusal is one.", "outcome", self._events)
-            yield _counter(
-                "requests", "Requests to Centrifugo; one without its answer failed.", "result", self._requests
-            )
-            yield self._batch_events.family()
-            yield self._request_events.family()
-            yield self._request_seconds.family()
-            yield self._lag.family()
+            return [
+                _counter("events", "Outcomes of events; each refusal is one.", "outcome", self._events),
+                _counter("requests", "Requests to Centrifugo; one without an answer failed.", "result", self._requests),
+                self._batch_events.family(),
+                self._request_events.family(),
+                self._request_seconds.family(),
+                self._lag.family(),
+            ]
 
 
 class HealthCollector(Collector):

@@ -7,6 +7,7 @@ event and no address.
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -22,6 +23,9 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from outbox_relay.health import Health
+from outbox_relay.log import get_logger
+
+log = get_logger()
 
 CLIENT_TIMEOUT: Final = 5.0
 
@@ -104,8 +108,10 @@ class _Server(ThreadingTCPServer):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), partial(_Handler, pages))
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of a client that went away."""
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - socketserver's signature
+        """Log what went wrong, but for a client that went away."""
+        if not isinstance(sys.exception(), OSError):
+            log.exception("metrics: a page failed")
 
 
 class _Handler(BaseHTTPRequestHandler):
