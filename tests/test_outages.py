@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 
@@ -110,7 +111,7 @@ def test_retry_after_is_respected(
     """429 with Retry-After: 1 is asked again after a second, not after the relay's own 20 ms."""
     write(connect(), "1", 1, channel)
     gateway.fault = status(429, Retry_After="1")
-    with make_relay(api_url=gateway.url):
+    with make_relay(replace(relay_options, workers=1), api_url=gateway.url):
         gateway.wait_for_requests(1)
         gateway.fault = None
         gateway.wait_for_requests(2)
