@@ -258,8 +258,7 @@ def test_each_type_has_its_policy() -> None:
 
 def rounds(suspects: Suspects, batch: list[Event], bad: set[int], limit: int) -> list[int]:
     """Send a batch again and again, as a worker does, until nothing of it is left: whoever is sent together with
-    a bad one fails, and others pass all the time. Returns who was found
-    guilty, in at most `limit` requests."""
+    a bad one fails, and others pass all the time. Returns who was found guilty, in at most `limit` requests."""
     guilty: list[int] = []
     requests = 0
     clock = accepted_at = 0.0
