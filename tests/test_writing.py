@@ -31,6 +31,7 @@ from outbox_relay import (
     enqueue_for,
 )
 from outbox_relay.migrations import migrate
+from outbox_relay.outbox import MAX_EVENTS_PER_STATEMENT
 from tests.conftest import Connect, sqlalchemy_engine
 from tests.support.programs import psql
 
@@ -167,7 +168,7 @@ def test_many_events_in_one_statement(
 
 @every_driver
 def test_the_largest_statement(database_url: str, connect: Connect, channel: str, driver: str, kind: type) -> None:
-    """5,000 events with every field given are one statement that each driver can send."""
+    """As many events as one statement may hold, with every field given: each driver can send it."""
     events = [
         NewEvent(
             aggregate_type="order",
@@ -181,10 +182,10 @@ def test_the_largest_statement(database_url: str, connect: Connect, channel: str
             event_id=uuid.uuid4(),
             traceparent="t",
         )
-        for version in range(1, 5_001)
+        for version in range(1, MAX_EVENTS_PER_STATEMENT + 1)
     ]
     execute(database_url, driver, kind, enqueue_all(events))
-    assert rows(connect(), "version") == [(version,) for version in range(1, 5_001)]
+    assert [version for (version,) in rows(connect(), "version")] == [event.version for event in events]
 
 
 @every_writer
@@ -346,11 +347,11 @@ def test_payloads_have_a_limit_of_the_applications_choice() -> None:
             Outbox(max_payload=impossible)
 
 
-def test_a_statement_holds_1_to_5000_events() -> None:
+def test_a_statement_has_a_limit() -> None:
     """No statement without events, and none that no driver could send."""
     event = NewEvent(aggregate_type="order", aggregate_id="1", version=1, channels="plain:a", payload={})
-    for count in (0, 5_001):
-        with pytest.raises(InvalidEventError, match=f"{count} events in one statement: give 1 to 5000"):
+    for count in (0, MAX_EVENTS_PER_STATEMENT + 1):
+        with pytest.raises(InvalidEventError, match=f"^{count} events in one statement: give 1 to "):
             enqueue_all([event] * count)
 
 
