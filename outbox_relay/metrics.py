@@ -26,6 +26,8 @@ log = get_logger()
 PREFIX: Final = "outbox_relay_"
 OUTCOMES: Final = ("delivered", "held", "dead")
 RESULTS: Final = ("answered", "failed")
+REST: Final = 10
+"""After a question to the database so many times its duration pass before the next: a tenth of a session at most."""
 EVENTS: Final = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000)
 REQUEST_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 LAG_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1_800, 7_200, 86_400)
@@ -126,7 +128,7 @@ class HealthCollector(Collector):
 
 
 class BacklogCollector(Collector):
-    """What waits in the database: asked at most every `every` seconds, and awaited for `patience`.
+    """What waits in the database: asked at most every `every` seconds, less often if it is slow; awaited `patience`.
 
     `read` gives the numbers of `outbox_relay.store.Backlog` by name, or raises. It runs in a thread of its own, one
     at a time, because a database that answers nothing must not take the other metrics with it: these gauges are then
@@ -139,7 +141,7 @@ class BacklogCollector(Collector):
         self._patience = patience
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._asked_at = -every
+        self._due_at = 0.0
         self._answer: Mapping[str, float | None] | None = None
         self._failing = False
 
@@ -162,8 +164,7 @@ class BacklogCollector(Collector):
         """The answer of the question asked last, which may be a few seconds old; None if there is none."""
         with self._lock:
             asking = self._thread is not None and self._thread.is_alive()
-            if not asking and time.monotonic() - self._asked_at >= self._every:
-                self._asked_at = time.monotonic()
+            if not asking and time.monotonic() >= self._due_at:
                 self._thread = threading.Thread(target=self._ask, name="outbox-relay-backlog", daemon=True)
                 self._thread.start()
             thread = self._thread
@@ -172,6 +173,7 @@ class BacklogCollector(Collector):
         return None if thread is None or thread.is_alive() else self._answer
 
     def _ask(self) -> None:
+        asked_at = time.monotonic()
         try:
             self._answer = self._read()
             self._failing = False
@@ -180,6 +182,9 @@ class BacklogCollector(Collector):
             if not self._failing:
                 log.warning("metrics: the backlog cannot be read", reason=str(error))
             self._failing = True
+        finally:
+            took = time.monotonic() - asked_at
+            self._due_at = asked_at + max(self._every, REST * took)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:
