@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Self
 import psycopg
 
 from outbox_relay.centrifugo import Centrifugo
-from outbox_relay.outcome import Outage
+from outbox_relay.outcome import Outage, boottime
 from outbox_relay.relay import Options, Pause, Shared, Unobserved, Worker
 from outbox_relay.store import Store
 
@@ -27,9 +27,11 @@ class Journal(Unobserved):
     def __init__(self) -> None:
         self.requests: list[int] = []
         self.outages: list[Outage] = []
+        self.longest = 0.0
 
     def request(self, events: int, seconds: float, outage: Outage | None) -> None:
         self.requests.append(events)
+        self.longest = max(self.longest, seconds)
         if outage is not None:
             self.outages.append(outage)
 
@@ -90,11 +92,16 @@ class Stepper:
         return self._shared.pause.outage
 
     @property
+    def pause_left(self) -> float:
+        """Seconds that the relay would wait now."""
+        return self._shared.pause._until - boottime()
+
+    @property
     def holds(self) -> list[Hold]:
         rows = self._connection.execute("SELECT aggregate_id::text, tries, attempts FROM outbox_hold ORDER BY 1")
         return [Hold(*row) for row in rows]
 
-    def ends(self, aggregate_id: str) -> list[str]:
+    def states(self, aggregate_id: str) -> list[str]:
         """The states of an order's events, in order."""
         rows = self._connection.execute(
             "SELECT state::text FROM outbox WHERE aggregate_id = %s ORDER BY id", (aggregate_id,)

@@ -14,7 +14,7 @@ def table(document: str, heading: str) -> list[Row]:
     text = (DOCS / document).read_text(encoding="utf-8")
     _, found, section = f"\n{text}".partition(f"\n## {heading}\n")
     assert found, f"{document} has no heading {heading!r}"
-    lines = [line for line in section.partition("\n## ")[0].splitlines() if line.startswith("|")]
+    lines = section.partition("\n## ")[0].partition("\n|")[2].partition("\n\n")[0].splitlines()
     columns, _, *rows = [[cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in lines]
     assert rows, f"{document} has no table under {heading!r}"
     assert all(len(row) == len(columns) for row in rows), f"{document}: a row under {heading!r} has too few cells"
