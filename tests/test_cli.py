@@ -436,11 +436,11 @@ def test_a_database_without_tables_is_one_line(cli: Cli, empty_database_url: str
 def test_secrets_stay_out_of_the_log(start_relay: StartRelay, connect: Connect, channel: str) -> None:
     """Relays in trouble say what is wrong, at the chattiest level and in both forms, and no secret."""
     write(connect(), "1", 1, channel)
-    refused = start_relay({"centrifugo_api_key": CANARY, "log_level": "debug", "workers": 2})
-    refused.wait_for("outage: nothing is published, no event is blamed")
-    lost = start_relay({"database_url": NO_DATABASE, "log_level": "debug"})
-    lost.wait_for("database lost, connecting again")
+    refused = start_relay({"centrifugo_api_key": CANARY, "log_level": "debug", "workers": 2}, wait=False)
+    lost = start_relay({"database_url": NO_DATABASE, "log_level": "debug"}, wait=False)
     on_a_console = start_relay({"database_url": NO_DATABASE, "log_format": "console"}, wait=False)
+    refused.wait_for("outage: nothing is published, no event is blamed")
+    lost.wait_for("database lost, connecting again")
     wait_until(lambda: "database lost" in on_a_console.output, "the relay says so")
     for relay in (refused, lost, on_a_console):
         assert relay.terminate() == 0
