@@ -19,9 +19,8 @@ options = {"version_table": VERSION_TABLE, "version_table_schema": schema, "incl
 
 def run(connection):
     connection.execute(sa.text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'"))
-    quoted = connection.dialect.identifier_preparer.quote_identifier(schema)
     if not sa.inspect(connection).has_schema(schema):
-        connection.execute(sa.text(f"CREATE SCHEMA {quoted}"))
+        connection.execute(sa.schema.CreateSchema(schema))
     # Alembic compares the connection's default schema under the name None.
     compared = None if schema == connection.dialect.default_schema_name else schema
 
@@ -43,7 +42,7 @@ def run(connection):
 if context.is_offline_mode():
     context.configure(url=url or "postgresql+psycopg://", literal_binds=True, **options)
     with context.begin_transaction():
-        context.execute(f'CREATE SCHEMA IF NOT EXISTS "{schema.replace(chr(34), chr(34) * 2)}"')
+        context.execute(sa.schema.CreateSchema(schema, if_not_exists=True))
         context.run_migrations()
 elif (given := attributes.get("connection")) is not None:
     run(given)

@@ -68,10 +68,13 @@ def build_store(settings: Settings) -> Store:
 def build_publisher(settings: Settings) -> Centrifugo:
     """Raises `ConfigError`; connects when it publishes."""
     config.need(settings, "centrifugo_url", "centrifugo_api_key")
+    key = settings.centrifugo_api_key.get_secret_value() if settings.centrifugo_api_key else ""
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError("centrifugo_api_key: no HTTP header can hold it, give printable ASCII characters")
     try:
         return Centrifugo(
             settings.centrifugo_url or "",
-            settings.centrifugo_api_key.get_secret_value() if settings.centrifugo_api_key else "",
+            key,
             timeout=settings.request_timeout,
             parallel=settings.parallel,
         )

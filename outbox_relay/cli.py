@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import StringIO
 from queue import SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -21,6 +22,7 @@ from outbox_relay import cli_operator, log
 from outbox_relay import config as configuration
 from outbox_relay.cli_shared import (
     EXIT_PROBLEM,
+    EXIT_USAGE,
     AsJson,
     ConfigFile,
     DatabaseUrl,
@@ -58,15 +60,21 @@ def main() -> None:
     app()
 
 
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         from importlib.metadata import version as installed
 
         typer.echo(installed("outbox-relay"))
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -145,11 +153,19 @@ def migrate(  # noqa: PLR0917 - Typer's options are keywords
     """
     with settings_or_exit(config, database_url=database_url, schema=schema) as settings:
         import sqlalchemy as sa
+        from alembic.util import CommandError
 
         from outbox_relay import migrations
 
+        if down and to == "head":
+            fail("--down needs --to: the revision to go back to, or base", code=EXIT_USAGE)
         if sql:
-            migrations.offline_sql(to, sys.stdout, schema=settings.schema, down=down)
+            text = StringIO()
+            try:
+                migrations.offline_sql(to, text, schema=settings.schema, down=down)
+            except CommandError as error:
+                fail(f"--to: {error}", code=EXIT_USAGE)
+            typer.echo(text.getvalue(), nl=False)
             return
         configuration.need(settings, "database_url")
         with _engine(settings) as engine:
@@ -158,6 +174,8 @@ def migrate(  # noqa: PLR0917 - Typer's options are keywords
                     migrations.migrate(engine, to, schema=settings.schema, down=down, on_wait=_say_waiting)
                 with engine.connect() as connection:
                     revision = migrations.current(connection, settings.schema)
+            except CommandError as error:
+                fail(f"--to: {error}", code=EXIT_USAGE)
             except migrations.MigrationError as error:
                 fail(str(error), settings)
             except sa.exc.SQLAlchemyError as error:

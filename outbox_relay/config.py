@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, get_type_hints
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from pydantic import ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
 
@@ -17,6 +18,7 @@ CONFIG_FILE: Final = "outbox-relay.toml"
 
 Count = Annotated[int, Field(ge=1, le=100_000)]
 Bytes = Annotated[int, Field(ge=1)]
+Age = Annotated[float, Field(ge=0, le=100 * 366 * 86_400)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
@@ -37,7 +39,7 @@ class TypeSettings:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     max_attempts: Annotated[Count | None, Doc("refusals that are an event's own fault before it may be dead")] = None
-    min_age: Annotated[float | None, Field(ge=0), Doc("seconds of refusals before an event may be dead")] = None
+    min_age: Annotated[Age | None, Doc("seconds of refusals before an event may be dead")] = None
     backoff_base: Annotated[Seconds | None, Doc("seconds that an aggregate waits after its first refusal")] = None
     backoff_max: Annotated[Seconds | None, Doc("seconds that an aggregate waits between two tries, at most")] = None
     after_dead: Annotated[
@@ -71,15 +73,11 @@ class Settings:
     pause_max: Annotated[Seconds, Doc("seconds between two tries during an outage, at most")] = 1.0
     stop_timeout: Annotated[Seconds, Doc("seconds to finish after SIGTERM")] = 10.0
     max_attempts: Annotated[Count, Doc("refusals that are an event's own fault before it may be dead")] = 10
-    min_age: Annotated[float, Field(ge=0), Doc("seconds of refusals before an event may be dead")] = 900.0
+    min_age: Annotated[Age, Doc("seconds of refusals before an event may be dead")] = 900.0
     backoff_base: Annotated[Seconds, Doc("seconds that an aggregate waits after its first refusal")] = 1.0
     backoff_max: Annotated[Seconds, Doc("seconds that an aggregate waits between two tries, at most")] = 60.0
-    keep: Annotated[float, Field(ge=0), Doc("seconds that delivered events are kept; 0 deletes them at delivery")] = (
-        7 * 86_400.0
-    )
-    keep_dead: Annotated[float, Field(ge=0), Doc("seconds that dead, expired and discarded events are kept")] = (
-        90 * 86_400.0
-    )
+    keep: Annotated[Age, Doc("seconds that delivered events are kept; 0 deletes them at delivery")] = 7 * 86_400.0
+    keep_dead: Annotated[Age, Doc("seconds that dead, expired and discarded events are kept")] = 90 * 86_400.0
     types: Annotated[
         dict[str, TypeSettings], Doc("what differs for an aggregate type: a table [types.NAME] in the TOML file")
     ] = field(default_factory=dict)
@@ -102,6 +100,7 @@ class Settings:
 
 SECRETS: Final = ("database_url", "centrifugo_api_key")
 _FILES: Final = (*SECRETS, "centrifugo_url")
+_PASSWORD: Final = re.compile(r"password\s*=\s*(?:'((?:[^'\\]|\\.)*)'|([^\s&]+))")
 _ADAPTER: Final = TypeAdapter(Settings)
 
 
@@ -187,19 +186,9 @@ def _secret_file(variable: str, name: str) -> str:
 
 
 def _passwords(url: str) -> list[str]:
-    """The password of a database URL or of a keyword string, as written and decoded."""
-    found: list[str] = []
-    _, _, after = url.partition("://")
-    credentials, at, _ = after.rpartition("@")
+    """The password of a database URL or of a keyword string, as written and decoded; also of one that is malformed."""
+    found = [part for match in _PASSWORD.finditer(url) for part in match.groups() if part]
+    credentials, at, _ = url.partition("://")[2].rpartition("@")
     if at:
-        _, colon, password = credentials.partition(":")
-        found += [password, unquote(password)] if colon else []
-    try:
-        query = urlsplit(url).query
-    except ValueError:
-        query = ""
-    for part in (*query.split("&"), *url.split()):
-        key, _, value = part.partition("=")
-        if key == "password":
-            found += [value, unquote(value), value.strip("'")]
-    return [value for value in found if value]
+        found.append(credentials.partition(":")[2])
+    return [form for value in found if value for form in (value, unquote(value))]

@@ -50,7 +50,7 @@ def _database(settings: Settings) -> Iterator[Finding]:
         connection = connect(url)
     except DatabaseUnavailableError as error:
         advice = "check OUTBOX_RELAY_DATABASE_URL, and that PostgreSQL accepts connections from here"
-        if "read-write" in str(error) or "read-only" in str(error):
+        if "read-only" in str(error) or "standby" in str(error):
             advice = "the relay needs the primary: this is a standby, or read-only"
         yield Finding(False, f"database: {error}", advice)
         return

@@ -20,7 +20,6 @@ from alembic.config import Config
 from alembic.operations import Operations, ops
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy.dialects import postgresql
 
 from alembic import command
 
@@ -162,17 +161,16 @@ def _apply(op: Operations | Any, schema: str | None, texts: Iterable[str]) -> No
     op.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
     for text in texts:
         for statement in render(text, schema):
-            # exec_driver_sql-like: no colon or percent sign of ours is a parameter.
-            op.execute(sa.text(statement.replace(":", r"\:")))
+            op.execute(_text(statement))
 
 
 def _refuse_to_lose_events(op: Operations | Any, schema: str | None) -> None:
     if op.get_context().as_sql:
         return
     outbox = f"{_quote(schema or 'public')}.outbox"
-    op.execute(sa.text(f"LOCK TABLE {outbox} IN SHARE ROW EXCLUSIVE MODE"))
+    op.execute(_text(f"LOCK TABLE {outbox} IN SHARE ROW EXCLUSIVE MODE"))
     waiting = op.get_bind().scalar(
-        sa.text(f"SELECT EXISTS (SELECT FROM {outbox} WHERE state IN ('pending', 'parked'))")  # noqa: S608 - quoted
+        _text(f"SELECT EXISTS (SELECT FROM {outbox} WHERE state IN ('pending', 'parked'))")  # noqa: S608 - quoted
     )
     if waiting:
         raise MigrationError(
@@ -193,7 +191,13 @@ def plain_sql(schema: str | None = None) -> str:
 
 
 def _quote(name: str) -> str:
-    return postgresql.dialect().identifier_preparer.quote_identifier(name)  # type: ignore[no-untyped-call]
+    """Quote an identifier. Not SQLAlchemy's own way: that doubles percent signs, and `text` does so again."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _text(statement: str) -> sa.TextClause:
+    """SQL in which no colon of ours is a parameter."""
+    return sa.text(statement.replace(":", r"\:"))
 
 
 # Autogenerate: our tables become one call of `upgrade`, because domains, storage and lanes are no tables.
@@ -246,16 +250,12 @@ def _replace_tables(
     *,
     down: bool,
 ) -> list[ops.MigrateOperation]:
-    kept: list[ops.MigrateOperation] = []
-    for operation in operations:
-        name = getattr(operation, "table_name", None)
-        if name not in _TABLES:
-            kept.append(operation)
-        elif isinstance(operation, table_op) and name == "outbox":
-            kept.append(OutboxOp(operation.schema, down=down))
-        elif not isinstance(operation, ops.CreateTableOp | ops.DropTableOp | ops.CreateIndexOp | ops.DropIndexOp):
-            kept.append(operation)
-    return kept
+    """Our tables made or dropped, and what comes with them, as one call. A change of a table that stays is kept."""
+    schemas = [op.schema for op in operations if isinstance(op, table_op) and op.table_name == "outbox"]
+    if not schemas:
+        return list(operations)
+    kept = [op for op in operations if getattr(op, "table_name", None) not in _TABLES]
+    return [*kept, *(OutboxOp(schema, down=down) for schema in schemas)]
 
 
 # Own tree.

@@ -28,7 +28,8 @@ MAX_CHANNELS: Final = 32
 MAX_VERSION: Final = 2**53 - 1
 MAX_PAYLOAD: Final = 1024 * 1024
 DEFAULT_MAX_PAYLOAD: Final = 256 * 1024
-MAX_EVENTS_PER_STATEMENT: Final = 5_000
+# Ten parameters each, where asyncpg takes 32,767.
+MAX_EVENTS_PER_STATEMENT: Final = 3_000
 RESERVED_TAG_PREFIX: Final = "ob"
 
 
@@ -85,18 +86,20 @@ class Outbox:
         if not 1 <= max_payload <= MAX_PAYLOAD:
             raise ValueError(f"max_payload is {max_payload}: choose 1 to {MAX_PAYLOAD} bytes")
         self.max_payload = max_payload
-        self._table = sa.table(
+        # A table of its own, without what only migrations need; and a Table, because of schema_translate_map.
+        self._table = sa.Table(
             "outbox",
-            sa.column("aggregate_type", sa.Text),
-            sa.column("aggregate_id", sa.Text),
-            sa.column("version", sa.BigInteger),
-            sa.column("kind", _enum("outbox_kind", KINDS, schema)),
-            sa.column("channels", pg.ARRAY(sa.Text)),
-            sa.column("payload", _JSONText),
-            sa.column("tags", _JSONText),
-            sa.column("expires_at", sa.DateTime(timezone=True)),
-            sa.column("event_id", sa.Uuid),
-            sa.column("traceparent", sa.Text),
+            sa.MetaData(),
+            sa.Column("aggregate_type", sa.Text),
+            sa.Column("aggregate_id", sa.Text),
+            sa.Column("version", sa.BigInteger),
+            sa.Column("kind", _enum("outbox_kind", KINDS, schema)),
+            sa.Column("channels", pg.ARRAY(sa.Text)),
+            sa.Column("payload", _JSONText),
+            sa.Column("tags", _JSONText),
+            sa.Column("expires_at", sa.DateTime(timezone=True)),
+            sa.Column("event_id", sa.Uuid),
+            sa.Column("traceparent", sa.Text),
             schema=schema,
         )
 
@@ -134,7 +137,7 @@ class Outbox:
         return sa.insert(self._table).values(_row(event, self.max_payload))
 
     def enqueue_all(self, events: Iterable[NewEvent]) -> sa.Insert:
-        """Return one INSERT of 1 to 5,000 events, in their order. Raises as `enqueue` does."""
+        """Return one INSERT of 1 to 3,000 events, in their order. Raises as `enqueue` does."""
         rows = [_row(event, self.max_payload) for event in events]
         if not 1 <= len(rows) <= MAX_EVENTS_PER_STATEMENT:
             raise InvalidEventError(
@@ -209,7 +212,9 @@ def _version(value: object) -> int:
     return value
 
 
-def _channels(value: str | Iterable[str]) -> list[str]:
+def _channels(value: object) -> list[str]:
+    if not isinstance(value, Iterable) or isinstance(value, bytes | Mapping):
+        raise InvalidEventError(f"channels is a {type(value).__name__}: give a str, or a list of them")
     channels = [value] if isinstance(value, str) else list(value)
     if not 1 <= len(channels) <= MAX_CHANNELS:
         raise InvalidEventError(f"{len(channels)} channels: give 1 to {MAX_CHANNELS}")
@@ -224,7 +229,9 @@ def _channels(value: str | Iterable[str]) -> list[str]:
     return channels
 
 
-def _tags(tags: Mapping[str, str]) -> str:
+def _tags(tags: object) -> str:
+    if not isinstance(tags, Mapping):
+        raise InvalidEventError(f"tags is a {type(tags).__name__}: give a dict of strings")
     for key, value in tags.items():
         _text("tag", key)
         _text(f"tag {key!r}", value)

@@ -237,7 +237,7 @@ WHERE lane = (SELECT lane FROM {outbox_lane} LIMIT 1 FOR NO KEY UPDATE SKIP LOCK
 _PRUNE: Final = """
 WITH scanned AS MATERIALIZED (
     SELECT id, created_at FROM {outbox}
-    WHERE id > %(after)s AND (SELECT pg_try_advisory_xact_lock(hashtext('outbox_relay prune'), hashtext({schema_name})))
+    WHERE id > %(after)s AND (SELECT pg_try_advisory_xact_lock(hashtext('outbox_relay prune'), hashtext(%(schema)s)))
     ORDER BY id LIMIT %(limit)s
 ), deleted AS (
     DELETE FROM {outbox} AS o USING scanned
@@ -322,16 +322,18 @@ class Store:
         keep_delivered: bool = True,
     ) -> None:
         self._connection = connect(database_url)
+        self._schema = schema
         self.request_timeout = request_timeout
         self._delivered = _DELIVERED if keep_delivered else _DELIVERED_AND_DELETED
         self.session_timeout = request_timeout + batch_time + 1.0
         self._asked_at = boottime()
+        # Whatever the schema is called, it is no placeholder.
         self._names: Mapping[str, Any] = {
-            name: sql.Identifier(schema, name) for name in ("outbox", "outbox_lane", "outbox_hold")
+            name: sql.SQL(sql.Identifier(schema, name).as_string().replace("%", "%%"))  # type: ignore[arg-type]
+            for name in ("outbox", "outbox_lane", "outbox_hold")
         } | {
             "columns": sql.SQL(_COLUMNS),
             "lanes_total": sql.Literal(LANES),
-            "schema_name": sql.Literal(schema),
         }
         self._sql: dict[str, sql.Composed] = {}
         milliseconds = round(self.session_timeout * 1000)
@@ -412,10 +414,7 @@ class Store:
 
     def prune(self, after: int, *, keep: float, keep_dead: float, limit: int = PRUNE_CHUNK) -> Pruned:
         """Delete ended rows older than `keep` seconds (`keep_dead`: expired, dead, discarded) above id `after`."""
-        with self.batch():
-            last, deleted = self._execute(_PRUNE, after=after, keep=keep, keep_dead=keep_dead, limit=limit).fetchall()[
-                0
-            ]
+        last, deleted = self._ask(_PRUNE, after=after, keep=keep, keep_dead=keep_dead, limit=limit, schema=self._schema)
         return Pruned(deleted, last)
 
     def still_ours(self) -> bool:

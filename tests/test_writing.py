@@ -288,7 +288,7 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "channel-empty": ({"channels": ["a", ""]}, "a channel of 0 bytes: give 1 to 255"),
     "channel-256-bytes": ({"channels": "ü" * 128}, "a channel of 256 bytes"),
     "channel-twice": ({"channels": ["a", "b", "a"]}, "the same channel is listed twice"),
-    "channel-bytes": ({"channels": b"news"}, "channel is a int: give a str"),
+    "channel-bytes": ({"channels": b"news"}, "channels is a bytes: give a str"),
     "channel-nul": ({"channels": "a\0"}, "channel contains a NUL character"),
     "kind": ({"kind": "deleted"}, "kind is 'deleted': choose one of change, snapshot, tombstone"),
     "kind-none": ({"kind": None}, "kind is None"),
