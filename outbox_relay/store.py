@@ -329,7 +329,7 @@ class Store:
         self._asked_at = boottime()
         # Whatever the schema is called, it is no placeholder.
         self._names: Mapping[str, Any] = {
-            name: sql.SQL(sql.Identifier(schema, name).as_string().replace("%", "%%"))  # type: ignore[arg-type]
+            name: sql.SQL(sql.Identifier(schema, name).as_string().replace("%", "%%"))
             for name in ("outbox", "outbox_lane", "outbox_hold")
         } | {
             "columns": sql.SQL(_COLUMNS),
