@@ -24,8 +24,8 @@ from outbox_relay.relay import Ended
 from tests.conftest import Connect, RunRelay, database, in_database, sqlalchemy_engine
 from tests.support.programs import psql, schema_dump
 from tests.support.subscriber import Subscriber
-from tests.support.waiting import in_background
-from tests.support.writing import fact, write
+from tests.support.waiting import in_background, wait_until
+from tests.support.writing import backend_waits, fact, write
 
 Subscribe = Callable[..., Subscriber]
 
@@ -138,13 +138,13 @@ def test_a_downgrade_sees_what_is_about_to_be_committed(engine: sa.Engine, conne
     """An event whose transaction is still open is waited for, and then counts."""
     writer = connect(autocommit=False)
     write(writer, "1", 1, "plain:a")
-    waits = threading.Event()
-    with in_background(lambda: migrate(engine, "base", down=True, on_wait=lambda _attempt: waits.set())) as ended:
-        assert waits.wait(10)
+    observer = connect()
+    with in_background(lambda: migrate(engine, "base", down=True)) as ended:
+        wait_until(lambda: backend_waits(observer, "Lock"), "the downgrade waits for the writer")
         writer.commit()
         with pytest.raises(MigrationError, match="have not been delivered"):
             ended()
-    assert connect().execute("SELECT count(*) FROM outbox").fetchone() == (1,)
+    assert observer.execute("SELECT count(*) FROM outbox").fetchone() == (1,)
 
 
 @pytest.mark.parametrize(
