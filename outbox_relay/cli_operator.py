@@ -521,7 +521,7 @@ _EXAMPLES: Final[Mapping[str, object]] = {
     "database_url": "postgresql://relay:password@127.0.0.1:5432/shop",
     "centrifugo_url": "http://127.0.0.1:8000/api",
     "centrifugo_api_key": "the key",
-    "metrics_port": 9464,
+    "metrics_port": 9109,
 }
 
 
