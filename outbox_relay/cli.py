@@ -219,7 +219,7 @@ def status(
         configuration.need(settings, "database_url")
         from outbox_relay.build import build_store
         from outbox_relay.database import DatabaseUnavailableError
-        from outbox_relay.store import COUNT_LIMIT
+        from outbox_relay.upkeep import COUNT_LIMIT
 
         try:
             store = build_store(settings)

@@ -490,8 +490,8 @@ class Operator:
             match error:
                 case errors.LockNotAvailable():
                     raise OperatorError(
-                        f"a relay was at work on the event's lane for longer than {self._lock_timeout:g} s{done}. "
-                        "Try again, and see whether outbox-relay check finds a relay that hangs"
+                        f"no lock within {self._lock_timeout:g} s{done}: a relay is at work on the event's lane, or a "
+                        "migration on the table. Try again; if it lasts, pg_stat_activity shows whose it is"
                     ) from error
                 case errors.QueryCanceled():
                     raise OperatorError(

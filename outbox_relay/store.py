@@ -7,25 +7,20 @@ of `outbox_lane` are the fence, and everything that changes an event's or a hold
 from __future__ import annotations
 
 import math
-import select
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, LiteralString, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import psycopg
-from psycopg import errors, sql
+from psycopg import errors
 
-from outbox_relay.database import APPLICATION_NAME, DatabaseUnavailableError, connect, one_line
-from outbox_relay.outbox import LANES
+from outbox_relay.database import DatabaseUnavailableError, one_line
 from outbox_relay.outcome import Dead, Event, Held, Hold, Outcome, Settlement, boottime
+from outbox_relay.upkeep import Upkeep
 
 SWEEP: Final = 10_000
 DUE_HOLDS: Final = 256
-COUNT_LIMIT: Final = 10_000
-LANE_SAMPLE: Final = 12
 SETTLE_TRIES: Final = 3
-PRUNE_CHUNK: Final = 5_000
 # Passing trouble between transactions, nothing that publishing had a part in: the statements alone are retried.
 _RETRIED: Final = (errors.SerializationFailure, errors.DeadlockDetected, errors.LockNotAvailable)
 
@@ -60,29 +55,6 @@ class Batch:
     parked: int = 0
 
 
-class Pruned(NamedTuple):
-    """How many rows were deleted, and the last id looked at that was old enough; None at the end."""
-
-    deleted: int
-    last_id: int | None
-
-
-class Backlog(NamedTuple):
-    """What waits, without ever counting ten million rows.
-
-    Counts are exact below 10,000. There they stop, but for `pending`, which goes on as an estimate. The ages of
-    the oldest pending event count from its INSERT and from its COMMIT; None where nothing is pending, the latter
-    also where `track_commit_timestamp` is off.
-    """
-
-    pending: int
-    parked: int
-    holds: int
-    dead: int
-    oldest_pending_seconds: float | None
-    oldest_pending_commit_seconds: float | None
-
-
 _ID, _LANE, _PAYLOAD = (Event._fields.index(name) for name in ("id", "lane", "payload"))
 _COLUMNS: Final = (
     "id, event_id::text, aggregate_type::text, aggregate_id::text, lane, version, kind, channels::text[], "
@@ -90,7 +62,7 @@ _COLUMNS: Final = (
 
 _CLAIM: Final = """
 SELECT l.lane, l.has_due_hold, extract(epoch FROM clock_timestamp())::float8
-FROM generate_series(1, {lanes_total}) AS step(n)
+FROM generate_series(1, 256) AS step(n)
 CROSS JOIN LATERAL (
     SELECT c.lane, d.due IS NOT NULL AS has_due_hold
     FROM {outbox_lane} AS c
@@ -99,7 +71,7 @@ CROSS JOIN LATERAL (
         WHERE h.lane = c.lane AND h.due_at <= statement_timestamp()
         ORDER BY h.due_at LIMIT 1
     ) AS d ON true
-    WHERE c.lane = (%(after)s + step.n) %% {lanes_total}
+    WHERE c.lane = (%(after)s + step.n) %% 256
       -- A scalar subquery with ORDER BY and LIMIT stays one index probe per lane; EXISTS may become a hash of
       -- the whole backlog.
       AND (d.due OR (SELECT true FROM {outbox} AS o
@@ -127,7 +99,7 @@ FROM (
 ) AS e
 WHERE bytes_before < %(max_bytes)s
 ORDER BY id
-"""
+""".replace("{columns}", _COLUMNS)
 
 _READ_DUE: Final = """
 SELECT {columns} payload::text, tags::text, accepted, extract(epoch FROM created_at)::float8, replay,
@@ -151,7 +123,7 @@ FROM (
 ) AS e
 WHERE bytes_before IS NULL OR bytes_before < %(max_bytes)s
 ORDER BY id
-"""
+""".replace("{columns}", _COLUMNS)
 
 _PARK: Final = "UPDATE {outbox} SET state = 'parked' WHERE id = ANY(%(ids)s::bigint[]) AND state = 'pending'"
 
@@ -232,148 +204,29 @@ UPDATE {outbox_lane} SET lane = lane
 WHERE lane = (SELECT lane FROM {outbox_lane} LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED)
 """
 
-# Ids rise about as time does, so the scan stops where rows become too young. A row that has not ended, or was made
-# pending again meanwhile, fails the condition of the DELETE itself, which PostgreSQL tests again under the row's lock.
-_PRUNE: Final = """
-WITH scanned AS MATERIALIZED (
-    SELECT id, created_at FROM {outbox}
-    WHERE id > %(after)s AND (SELECT pg_try_advisory_xact_lock(hashtext('outbox_relay prune'), hashtext(%(schema)s)))
-    ORDER BY id LIMIT %(limit)s
-), deleted AS (
-    DELETE FROM {outbox} AS o USING scanned
-    WHERE o.id = scanned.id
-      AND (o.state IN ('delivered', 'superseded') AND o.settled_at < now() - %(keep)s * interval '1 second'
-           OR o.state IN ('expired', 'dead', 'discarded')
-              AND o.settled_at < now() - %(keep_dead)s * interval '1 second')
-    RETURNING 1
-)
-SELECT max(id) FILTER (WHERE created_at < now() - %(keep)s * interval '1 second'), (SELECT count(*) FROM deleted)
-FROM scanned
-"""
-
-_LEFT: Final = """
-SELECT (SELECT true FROM {outbox} WHERE state = 'pending' ORDER BY lane, id LIMIT 1) IS NOT NULL,
-       EXISTS (SELECT FROM {outbox_hold})
-"""
-
 # Cheap enough to ask many times a second: two index probes.
 _IDLE: Final = """
 SELECT (SELECT true FROM {outbox} WHERE state = 'pending' ORDER BY lane, id LIMIT 1)
     OR (SELECT true FROM {outbox_hold} WHERE due_at <= statement_timestamp() ORDER BY due_at LIMIT 1)
 """
 
-_BACKLOG: Final = """
-SELECT (SELECT count(*) FROM (SELECT FROM {outbox} WHERE state = 'pending' LIMIT %(limit)s) AS x),
-       (SELECT count(*) FROM (SELECT FROM {outbox} WHERE state = 'parked' LIMIT %(limit)s) AS x),
-       (SELECT count(*) FROM (SELECT FROM {outbox_hold} LIMIT %(limit)s) AS x),
-       (SELECT count(*) FROM (SELECT FROM {outbox} WHERE state = 'dead' LIMIT %(limit)s) AS x),
-       extract(epoch FROM clock_timestamp() - min(oldest.created_at))::float8,
-       extract(epoch FROM clock_timestamp() - min(oldest.committed_at))::float8
-FROM {outbox_lane} AS c CROSS JOIN LATERAL (
-    SELECT o.created_at,
-           CASE WHEN current_setting('track_commit_timestamp')::bool
-                THEN pg_xact_commit_timestamp(o.xmin) END AS committed_at
-    FROM {outbox} AS o
-    WHERE o.lane = c.lane AND o.state = 'pending' ORDER BY o.id LIMIT 1) AS oldest
-"""
 
-# How dense a lane's ids are among its oldest events, times the span of its ids: right within some per cent, also while
-# a backlog is worked off, when the planner's statistics lag behind. An id is in one lane, so the whole span is a bound.
-_ESTIMATE: Final = """
-SELECT least(sum(CASE WHEN met < %(sample)s THEN met
-                      ELSE greatest(met, (newest - oldest) * (met - 2.0) / (last - oldest)) END),
-             max(newest) - min(oldest) + 1)::bigint
-FROM {outbox_lane} AS c
-CROSS JOIN LATERAL (
-    SELECT count(*) AS met, min(id) AS oldest, max(id) AS last
-    FROM (SELECT o.id FROM {outbox} AS o
-          WHERE o.lane = c.lane AND o.state = 'pending' ORDER BY o.id LIMIT %(sample)s) AS x
-) AS head
-CROSS JOIN LATERAL (
-    SELECT o.id AS newest FROM {outbox} AS o
-    WHERE o.lane = c.lane AND o.state = 'pending' ORDER BY o.id DESC LIMIT 1
-) AS tail
-"""
+class Store(Upkeep):
+    """One worker's session with the outbox, and what delivers events.
 
-# A relay frozen while it receives rows keeps its lanes past every time-out: its session hangs in ClientWrite,
-# where PostgreSQL applies none. Another relay ends such a session.
-_END_STUCK: Final = """
-SELECT count(pg_terminate_backend(pid))
-FROM pg_stat_activity
-WHERE usename = current_user AND application_name = %(application_name)s AND pid <> pg_backend_pid()
-  AND wait_event = 'ClientWrite' AND state_change < clock_timestamp() - %(age)s * interval '1 second'
-"""
-
-
-class Store:
-    """One worker's connection to the outbox in `schema`.
-
-    `request_timeout` is the deadline of a request to Centrifugo and `batch_time` the longest time in which a
-    batch starts requests, both in seconds: the database ends a session that is silent for longer.
+    Takes what `Session` takes; without `keep_delivered` a delivered event's row is deleted.
     """
 
-    def __init__(
-        self,
-        database_url: str,
-        *,
-        schema: str = "public",
-        request_timeout: float = 3.0,
-        batch_time: float = 1.0,
-        keep_delivered: bool = True,
-    ) -> None:
-        self._connection = connect(database_url)
-        self._schema = schema
-        self.request_timeout = request_timeout
+    def __init__(self, database_url: str, *, keep_delivered: bool = True, **options: Any) -> None:
+        super().__init__(database_url, **options)
         self._delivered = _DELIVERED if keep_delivered else _DELIVERED_AND_DELETED
-        self.session_timeout = request_timeout + batch_time + 1.0
-        self._asked_at = boottime()
-        # Whatever the schema is called, it is no placeholder.
-        self._names: Mapping[str, Any] = {
-            name: sql.SQL(sql.Identifier(schema, name).as_string().replace("%", "%%"))
-            for name in ("outbox", "outbox_lane", "outbox_hold")
-        } | {
-            "columns": sql.SQL(_COLUMNS),
-            "lanes_total": sql.Literal(LANES),
-        }
-        self._sql: dict[str, sql.Composed] = {}
-        milliseconds = round(self.session_timeout * 1000)
-        # One text, one round trip. A role's own defaults must not decide what a batch sees or how long it waits.
-        self._begin = (
-            "BEGIN ISOLATION LEVEL READ COMMITTED, READ WRITE; "
-            f"SET LOCAL idle_in_transaction_session_timeout = {milliseconds}; "
-            f"SET LOCAL statement_timeout = {milliseconds}; SET LOCAL lock_timeout = 1000; "
-            "SET LOCAL search_path = pg_catalog; SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; "
-            "SET LOCAL enable_mergejoin = off; SET LOCAL enable_bitmapscan = off; SET LOCAL jit = off"
-        )
-
-    def close(self) -> None:
-        self._connection.close()
-
-    @contextmanager
-    def batch(self) -> Iterator[None]:
-        """One transaction. Committed at the end, rolled back when anything is raised.
-
-        Raises `DatabaseUnavailableError` for whatever the database or the connection has against it.
-        """
-        try:
-            self._execute_raw(self._begin)
-            try:
-                yield
-            except BaseException:
-                if not self._connection.closed:
-                    self._connection.rollback()
-                raise
-            self._asked_at = boottime()
-            self._connection.commit()
-        except psycopg.Error as error:
-            raise DatabaseUnavailableError(one_line(error)) from error
 
     def claim(self, after: int, lanes: int) -> Claim:
         """Lock up to `lanes` lanes with something to do, the first one after lane `after`.
 
         The lock is a statement of its own: what it waited for is seen by the next statement's fresh snapshot.
         """
-        rows = self._execute(_CLAIM, after=after, limit=lanes).fetchall()
+        rows = self.execute(_CLAIM, after=after, limit=lanes).fetchall()
         clock = Clock(rows[0][2] if rows else 0.0, boottime())
         return Claim([Lane(lane, due) for lane, due, _ in rows], clock)
 
@@ -386,7 +239,7 @@ class Store:
         batch = Batch()
         due = [lane.lane for lane in lanes if lane.has_due_hold]
         if due:
-            rows = self._execute(_READ_DUE, lanes=due, holds=DUE_HOLDS, quota=per_lane, max_bytes=max_bytes)
+            rows = self.execute(_READ_DUE, lanes=due, holds=DUE_HOLDS, quota=per_lane, max_bytes=max_bytes)
             for row in rows.fetchall():
                 aggregate_type, aggregate_id, *hold = row[len(Event._fields) :]
                 batch.holds[aggregate_type, aggregate_id] = Hold(*hold)
@@ -394,7 +247,7 @@ class Store:
                     batch.events.append(Event._make(row[: len(Event._fields)]))
         numbers = [lane.lane for lane in lanes]
         held: dict[int, list[int]] = {}
-        rows = self._execute(_READ_PENDING, lanes=numbers, quota=quota, max_bytes=max_bytes)
+        rows = self.execute(_READ_PENDING, lanes=numbers, quota=quota, max_bytes=max_bytes)
         for row in rows.fetchall():
             if row[_PAYLOAD] is not None:
                 batch.events.append(Event._make(row))
@@ -406,38 +259,22 @@ class Store:
 
     def _park(self, held: Mapping[int, list[int]], quota: int) -> int:
         """Move what was met of held aggregates (ids by lane) out of the pending index: nobody meets it again."""
-        parked = self._execute(_PARK, ids=[id_ for ids in held.values() for id_ in ids]).rowcount
+        parked = self.execute(_PARK, ids=[id_ for ids in held.values() for id_ in ids]).rowcount
         crowded = [lane for lane, ids in held.items() if 2 * len(ids) > quota]
         if crowded:
-            parked += self._execute(_SWEEP, lanes=crowded, limit=SWEEP // len(crowded)).rowcount
+            parked += self.execute(_SWEEP, lanes=crowded, limit=SWEEP // len(crowded)).rowcount
         return parked
-
-    def prune(self, after: int, *, keep: float, keep_dead: float, limit: int = PRUNE_CHUNK) -> Pruned:
-        """Delete ended rows older than `keep` seconds (`keep_dead`: expired, dead, discarded) above id `after`."""
-        last, deleted = self._ask(_PRUNE, after=after, keep=keep, keep_dead=keep_dead, limit=limit, schema=self._schema)
-        return Pruned(deleted, last)
-
-    def still_ours(self) -> bool:
-        """Whether a request that starts now ends before the database could give the lanes to another relay.
-
-        The clock counts from before the last answered statement was sent, and goes on while the process is
-        stopped. A session that was ended has left its last words on the socket.
-        """
-        if boottime() - self._asked_at + self.request_timeout >= self.session_timeout:
-            return False
-        readable, _, _ = select.select([self._connection.fileno()], [], [], 0)
-        return not readable
 
     def prove_writable(self) -> None:
         """Commit a small write, so that nothing is published by a relay that could not record it."""
         with self.batch():
-            self._execute(_WRITE)
+            self.execute(_WRITE)
 
     def rehearse(self, ids: Sequence[int]) -> None:
         """Write the outcome that these events would have if all are delivered, and take it back."""
-        self._execute_raw("SAVEPOINT rehearsal")
-        self._execute(self._delivered, ids=ids)
-        self._execute_raw("ROLLBACK TO SAVEPOINT rehearsal")
+        self.execute_raw("SAVEPOINT rehearsal")
+        self.execute(self._delivered, ids=ids)
+        self.execute_raw("ROLLBACK TO SAVEPOINT rehearsal")
 
     def settle(
         self, delivered: Sequence[int], refused: Sequence[Settlement], holds: Mapping[tuple[str, str], Hold]
@@ -447,14 +284,14 @@ class Store:
         It happens behind a savepoint, so that the lanes stay locked whatever happens to the statements.
         """
         for left in reversed(range(SETTLE_TRIES)):
-            self._execute_raw("SAVEPOINT settle")
+            self.execute_raw("SAVEPOINT settle")
             try:
                 self._settle(delivered, refused, holds)
-                self._execute_raw("RELEASE SAVEPOINT settle")
+                self.execute_raw("RELEASE SAVEPOINT settle")
             except _RETRIED:
                 if not left:
                     raise
-                self._execute_raw("ROLLBACK TO SAVEPOINT settle")
+                self.execute_raw("ROLLBACK TO SAVEPOINT settle")
             else:
                 return
 
@@ -462,10 +299,10 @@ class Store:
         self, delivered: Sequence[int], refused: Sequence[Settlement], holds: Mapping[tuple[str, str], Hold]
     ) -> None:
         if delivered:
-            self._execute(self._delivered, ids=delivered)
+            self.execute(self._delivered, ids=delivered)
         dead = [(s.event, s.outcome.error) for s in refused if isinstance(s.outcome, Dead)]
         if dead:
-            self._execute(_DEAD, ids=[event.id for event, _ in dead], errors=[error for _, error in dead])
+            self.execute(_DEAD, ids=[event.id for event, _ in dead], errors=[error for _, error in dead])
         held = [(s.event, _hold(s.outcome)) for s in refused if isinstance(s.outcome, Held) or s.outcome.wait]
         if held:
             columns = {
@@ -479,58 +316,21 @@ class Store:
                 "alone": [outcome.alone for _, outcome in held],
                 "errors": [outcome.error for _, outcome in held],
             }
-            self._execute(_HEAD_PARKED, **columns)
-            self._execute(_HOLD, **columns)
+            self.execute(_HEAD_PARKED, **columns)
+            self.execute(_HOLD, **columns)
         for event, _, accepted in refused:
             if accepted:
-                self._execute(_ACCEPTED, id=event.id, accepted=[*(event.accepted or ()), *accepted])
+                self.execute(_ACCEPTED, id=event.id, accepted=[*(event.accepted or ()), *accepted])
         released = holds.keys() - {event.aggregate for event, _ in held}
         if released:
-            self._execute(_RELEASE, types=[type_ for type_, _ in released], ids=[id_ for _, id_ in released])
+            self.execute(_RELEASE, types=[type_ for type_, _ in released], ids=[id_ for _, id_ in released])
 
     def anything_to_do(self) -> bool:
         """Whether some event is pending or some hold is due: the question of an idle relay."""
         try:
-            return self._execute(_IDLE).fetchall()[0][0] is True
+            return self.execute(_IDLE).fetchall()[0][0] is True
         except psycopg.Error as error:
             raise DatabaseUnavailableError(one_line(error)) from error
-
-    def left(self) -> tuple[bool, bool]:
-        """Whether anything is pending, and whether any aggregate is on hold."""
-        pending, held = self._ask(_LEFT)
-        return pending, held
-
-    def backlog(self) -> Backlog:
-        """Count and estimate: some 10,000 buffers, whatever waits. Raises `DatabaseUnavailableError`."""
-        backlog = Backlog(*self._ask(_BACKLOG, limit=COUNT_LIMIT))
-        if backlog.pending < COUNT_LIMIT:
-            return backlog
-        estimate = self._ask(_ESTIMATE, sample=LANE_SAMPLE)[0]
-        return backlog._replace(pending=max(COUNT_LIMIT, estimate or 0))
-
-    def end_stuck_sessions(self) -> int:
-        """End relay sessions that hang while sending rows to a frozen relay. Returns how many."""
-        ended: int = self._ask(_END_STUCK, application_name=APPLICATION_NAME, age=self.session_timeout)[0]
-        return ended
-
-    def _ask(self, query: LiteralString, **parameters: Any) -> tuple[Any, ...]:
-        with self.batch():
-            rows: list[tuple[Any, ...]] = self._execute(query, **parameters).fetchall()
-        return rows[0]
-
-    def _execute(self, query: LiteralString, **parameters: Any) -> psycopg.Cursor[Any]:
-        composed = self._sql.get(query)
-        if composed is None:
-            composed = self._sql[query] = sql.SQL(query).format(**self._names)
-        asked_at = boottime()
-        cursor = self._connection.execute(composed, parameters)
-        self._asked_at = asked_at
-        return cursor
-
-    def _execute_raw(self, query: LiteralString) -> None:
-        asked_at = boottime()
-        self._connection.execute(query)
-        self._asked_at = asked_at
 
 
 def _hold(outcome: Outcome) -> Held:

@@ -18,7 +18,7 @@ import psycopg
 import pytest
 import yaml
 
-from outbox_relay import store as store_module
+from outbox_relay import upkeep
 from outbox_relay.centrifugo import Centrifugo as Publisher
 from outbox_relay.embedded._process import free_port
 from outbox_relay.embedded.centrifugo import Centrifugo
@@ -29,7 +29,8 @@ from outbox_relay.migrations import migrate
 from outbox_relay.monitor import Monitor
 from outbox_relay.outcome import Dead, Event, Held, Outage, Policy, Reply, Settlement
 from outbox_relay.relay import Options, Relay
-from outbox_relay.store import COUNT_LIMIT, Store
+from outbox_relay.store import Store
+from outbox_relay.upkeep import COUNT_LIMIT
 from tests.conftest import Connect, StartRelay, sqlalchemy_engine
 from tests.support.monitoring import Sample, Site
 from tests.support.proxy import TcpProxy
@@ -228,10 +229,10 @@ def buffers(store: Store) -> int:
     total = 0
     with store.batch():
         for query, parameters in (
-            (store_module._BACKLOG, {"limit": COUNT_LIMIT}),
-            (store_module._ESTIMATE, {"sample": store_module.LANE_SAMPLE}),
+            (upkeep._BACKLOG, {"limit": COUNT_LIMIT}),
+            (upkeep._ESTIMATE, {"sample": upkeep.LANE_SAMPLE}),
         ):
-            [[[plan]]] = store._execute("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + query, **parameters).fetchall()
+            [[[plan]]] = store.execute("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + query, **parameters).fetchall()
             total += plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"]
     return total
 

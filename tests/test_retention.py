@@ -11,6 +11,7 @@ import pytest
 from psycopg import sql
 
 from outbox_relay import store as store_room
+from outbox_relay import upkeep
 from outbox_relay.operator import Operator
 from outbox_relay.relay import Options
 from outbox_relay.store import Store
@@ -250,8 +251,14 @@ def test_size_and_cost_stay_flat_over_a_month(connect: Connect, database_url: st
             if day >= KEPT_DAYS:
                 keep = age(connection, last_ids[day - KEPT_DAYS])
                 with store.batch():
-                    first = {"after": 0, "limit": store_room.PRUNE_CHUNK, "keep": keep, "keep_dead": keep}
-                    prunes.append(buffers(store, store_room._PRUNE, **first))
+                    first = {
+                        "after": 0,
+                        "limit": upkeep.PRUNE_CHUNK,
+                        "keep": keep,
+                        "keep_dead": keep,
+                        "schema": "public",
+                    }
+                    prunes.append(buffers(store, upkeep._PRUNE, **first))
                 assert states(connection) == {"delivered": EVENTS_A_DAY * KEPT_DAYS}
             connection.execute("VACUUM outbox")
             row = connection.execute("SELECT pg_total_relation_size('outbox')").fetchone()

@@ -1,0 +1,99 @@
+"""One worker's session with the database: transactions that nothing of the server's or the role's own can change."""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, LiteralString
+
+import psycopg
+from psycopg import sql
+
+from outbox_relay.database import DatabaseUnavailableError, connect, one_line
+from outbox_relay.outcome import boottime
+
+
+class Session:
+    """A connection to the outbox in `schema`.
+
+    `request_timeout` is the deadline of a request to Centrifugo and `batch_time` the longest time in which a
+    batch starts requests, both in seconds: the database ends a session that is silent for longer. Raises
+    `DatabaseUnavailableError`.
+    """
+
+    def __init__(
+        self, database_url: str, *, schema: str = "public", request_timeout: float = 3.0, batch_time: float = 1.0
+    ) -> None:
+        self._connection = connect(database_url)
+        self.schema = schema
+        self.request_timeout = request_timeout
+        self.session_timeout = request_timeout + batch_time + 1.0
+        self._asked_at = boottime()
+        # Whatever the schema is called, it is no placeholder.
+        self._names: Mapping[str, Any] = {
+            name: sql.SQL(sql.Identifier(schema, name).as_string().replace("%", "%%"))
+            for name in ("outbox", "outbox_lane", "outbox_hold")
+        }
+        self._sql: dict[str, sql.Composed] = {}
+        milliseconds = round(self.session_timeout * 1000)
+        # One text, one round trip. A role's own defaults must not decide what a batch sees or how long it waits.
+        self._begin = (
+            "BEGIN ISOLATION LEVEL READ COMMITTED, READ WRITE; "
+            f"SET LOCAL idle_in_transaction_session_timeout = {milliseconds}; "
+            f"SET LOCAL statement_timeout = {milliseconds}; SET LOCAL lock_timeout = 1000; "
+            "SET LOCAL search_path = pg_catalog; SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; "
+            "SET LOCAL enable_mergejoin = off; SET LOCAL enable_bitmapscan = off; SET LOCAL jit = off"
+        )
+
+    def close(self) -> None:
+        self._connection.close()
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """One transaction. Committed at the end, rolled back when anything is raised.
+
+        Raises `DatabaseUnavailableError` for whatever the database or the connection has against it.
+        """
+        try:
+            self.execute_raw(self._begin)
+            try:
+                yield
+            except BaseException:
+                if not self._connection.closed:
+                    self._connection.rollback()
+                raise
+            self._asked_at = boottime()
+            self._connection.commit()
+        except psycopg.Error as error:
+            raise DatabaseUnavailableError(one_line(error)) from error
+
+    def still_ours(self) -> bool:
+        """Whether a request that starts now ends before the database could give the lanes to another relay.
+
+        The clock counts from before the last answered statement was sent, and goes on while the process is
+        stopped. A session that was ended has left its last words on the socket.
+        """
+        if boottime() - self._asked_at + self.request_timeout >= self.session_timeout:
+            return False
+        readable, _, _ = select.select([self._connection.fileno()], [], [], 0)
+        return not readable
+
+    def ask(self, query: LiteralString, **parameters: Any) -> tuple[Any, ...]:
+        with self.batch():
+            rows: list[tuple[Any, ...]] = self.execute(query, **parameters).fetchall()
+        return rows[0]
+
+    def execute(self, query: LiteralString, **parameters: Any) -> psycopg.Cursor[Any]:
+        composed = self._sql.get(query)
+        if composed is None:
+            composed = self._sql[query] = sql.SQL(query).format(**self._names)
+        asked_at = boottime()
+        cursor = self._connection.execute(composed, parameters)
+        self._asked_at = asked_at
+        return cursor
+
+    def execute_raw(self, query: LiteralString) -> None:
+        asked_at = boottime()
+        self._connection.execute(query)
+        self._asked_at = asked_at

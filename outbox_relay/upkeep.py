@@ -1,0 +1,129 @@
+"""What is asked and done beside delivering: how much waits, what is old, who hangs."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from outbox_relay.database import APPLICATION_NAME
+from outbox_relay.session import Session
+
+COUNT_LIMIT: Final = 10_000
+LANE_SAMPLE: Final = 12
+PRUNE_CHUNK: Final = 5_000
+
+
+class Pruned(NamedTuple):
+    """How many rows were deleted, and the last id looked at that was old enough; None at the end."""
+
+    deleted: int
+    last_id: int | None
+
+
+class Backlog(NamedTuple):
+    """What waits, without ever counting ten million rows.
+
+    Counts are exact below 10,000. There they stop, but for `pending`, which goes on as an estimate. The ages of
+    the oldest pending event count from its INSERT and from its COMMIT; None where nothing is pending, the latter
+    also where `track_commit_timestamp` is off.
+    """
+
+    pending: int
+    parked: int
+    holds: int
+    dead: int
+    oldest_pending_seconds: float | None
+    oldest_pending_commit_seconds: float | None
+
+
+# Ids rise about as time does, so the scan stops where rows become too young. A row that has not ended, or was made
+# pending again meanwhile, fails the condition of the DELETE itself, which PostgreSQL tests again under the row's lock.
+_PRUNE: Final = """
+WITH scanned AS MATERIALIZED (
+    SELECT id, created_at FROM {outbox}
+    WHERE id > %(after)s AND (SELECT pg_try_advisory_xact_lock(hashtext('outbox_relay prune'), hashtext(%(schema)s)))
+    ORDER BY id LIMIT %(limit)s
+), deleted AS (
+    DELETE FROM {outbox} AS o USING scanned
+    WHERE o.id = scanned.id
+      AND (o.state IN ('delivered', 'superseded') AND o.settled_at < now() - %(keep)s * interval '1 second'
+           OR o.state IN ('expired', 'dead', 'discarded')
+              AND o.settled_at < now() - %(keep_dead)s * interval '1 second')
+    RETURNING 1
+)
+SELECT max(id) FILTER (WHERE created_at < now() - %(keep)s * interval '1 second'), (SELECT count(*) FROM deleted)
+FROM scanned
+"""
+
+_LEFT: Final = """
+SELECT (SELECT true FROM {outbox} WHERE state = 'pending' ORDER BY lane, id LIMIT 1) IS NOT NULL,
+       EXISTS (SELECT FROM {outbox_hold})
+"""
+
+_BACKLOG: Final = """
+SELECT (SELECT count(*) FROM (SELECT FROM {outbox} WHERE state = 'pending' LIMIT %(limit)s) AS x),
+       (SELECT count(*) FROM (SELECT FROM {outbox} WHERE state = 'parked' LIMIT %(limit)s) AS x),
+       (SELECT count(*) FROM (SELECT FROM {outbox_hold} LIMIT %(limit)s) AS x),
+       (SELECT count(*) FROM (SELECT FROM {outbox} WHERE state = 'dead' LIMIT %(limit)s) AS x),
+       extract(epoch FROM clock_timestamp() - min(oldest.created_at))::float8,
+       extract(epoch FROM clock_timestamp() - min(oldest.committed_at))::float8
+FROM {outbox_lane} AS c CROSS JOIN LATERAL (
+    SELECT o.created_at,
+           CASE WHEN current_setting('track_commit_timestamp')::bool
+                THEN pg_xact_commit_timestamp(o.xmin) END AS committed_at
+    FROM {outbox} AS o
+    WHERE o.lane = c.lane AND o.state = 'pending' ORDER BY o.id LIMIT 1) AS oldest
+"""
+
+# How dense a lane's ids are among its oldest events, times the span of its ids: right within some per cent, also while
+# a backlog is worked off, when the planner's statistics lag behind. An id is in one lane, so the whole span is a bound.
+_ESTIMATE: Final = """
+SELECT least(sum(CASE WHEN met < %(sample)s THEN met
+                      ELSE greatest(met, (newest - oldest) * (met - 2.0) / (last - oldest)) END),
+             max(newest) - min(oldest) + 1)::bigint
+FROM {outbox_lane} AS c
+CROSS JOIN LATERAL (
+    SELECT count(*) AS met, min(id) AS oldest, max(id) AS last
+    FROM (SELECT o.id FROM {outbox} AS o
+          WHERE o.lane = c.lane AND o.state = 'pending' ORDER BY o.id LIMIT %(sample)s) AS x
+) AS head
+CROSS JOIN LATERAL (
+    SELECT o.id AS newest FROM {outbox} AS o
+    WHERE o.lane = c.lane AND o.state = 'pending' ORDER BY o.id DESC LIMIT 1
+) AS tail
+"""
+
+# A relay frozen while it receives rows keeps its lanes past every time-out: its session hangs in ClientWrite,
+# where PostgreSQL applies none. Another relay ends such a session.
+_END_STUCK: Final = """
+SELECT count(pg_terminate_backend(pid))
+FROM pg_stat_activity
+WHERE usename = current_user AND application_name = %(application_name)s AND pid <> pg_backend_pid()
+  AND wait_event = 'ClientWrite' AND state_change < clock_timestamp() - %(age)s * interval '1 second'
+"""
+
+
+class Upkeep(Session):
+    """A session that looks after the outbox. Every method raises `DatabaseUnavailableError`."""
+
+    def prune(self, after: int, *, keep: float, keep_dead: float, limit: int = PRUNE_CHUNK) -> Pruned:
+        """Delete ended rows older than `keep` seconds (`keep_dead`: expired, dead, discarded) above id `after`."""
+        last, deleted = self.ask(_PRUNE, after=after, keep=keep, keep_dead=keep_dead, limit=limit, schema=self.schema)
+        return Pruned(deleted, last)
+
+    def left(self) -> tuple[bool, bool]:
+        """Whether anything is pending, and whether any aggregate is on hold."""
+        pending, held = self.ask(_LEFT)
+        return pending, held
+
+    def backlog(self) -> Backlog:
+        """Count and estimate: some 10,000 buffers, whatever waits. Raises `DatabaseUnavailableError`."""
+        backlog = Backlog(*self.ask(_BACKLOG, limit=COUNT_LIMIT))
+        if backlog.pending < COUNT_LIMIT:
+            return backlog
+        estimate = self.ask(_ESTIMATE, sample=LANE_SAMPLE)[0]
+        return backlog._replace(pending=max(COUNT_LIMIT, estimate or 0))
+
+    def end_stuck_sessions(self) -> int:
+        """End relay sessions that hang while sending rows to a frozen relay. Returns how many."""
+        ended: int = self.ask(_END_STUCK, application_name=APPLICATION_NAME, age=self.session_timeout)[0]
+        return ended
