@@ -83,10 +83,13 @@ LIMIT %(limit)s
 
 # The bytes that the rows before a row take bound the batch; id order makes the cut a suffix of every aggregate.
 _READ_PENDING: Final = """
-SELECT {columns} CASE WHEN NOT held THEN payload::text END, tags::text, accepted,
+SELECT {columns} CASE WHEN held IS NULL THEN payload::text END, tags::text, accepted,
        extract(epoch FROM created_at)::float8, replay
 FROM (
-    SELECT e.*, h.head_id IS NOT NULL AS held,
+    SELECT e.*,
+           -- Not a join: whatever the statistics say, a scalar subquery is one probe of the primary key.
+           (SELECT true FROM {outbox_hold} AS h
+            WHERE h.aggregate_type = e.aggregate_type AND h.aggregate_id = e.aggregate_id) AS held,
            sum(pg_column_size(e.payload)) OVER (ORDER BY e.id) - pg_column_size(e.payload) AS bytes_before
     FROM unnest(%(lanes)s::smallint[]) AS l(lane)
     CROSS JOIN LATERAL (
@@ -94,8 +97,6 @@ FROM (
         WHERE o.lane = l.lane AND o.state = 'pending'
         ORDER BY o.id LIMIT %(quota)s
     ) AS e
-    LEFT JOIN {outbox_hold} AS h
-        ON h.aggregate_type = e.aggregate_type AND h.aggregate_id = e.aggregate_id
 ) AS e
 WHERE bytes_before < %(max_bytes)s
 ORDER BY id
@@ -135,8 +136,9 @@ CROSS JOIN LATERAL (
     WHERE p.lane = l.lane AND p.state = 'pending'
     ORDER BY p.id LIMIT %(limit)s
 ) AS met
-JOIN {outbox_hold} AS h ON h.aggregate_type = met.aggregate_type AND h.aggregate_id = met.aggregate_id
 WHERE o.id = met.id AND o.state = 'pending'
+  AND (SELECT true FROM {outbox_hold} AS h
+       WHERE h.aggregate_type = met.aggregate_type AND h.aggregate_id = met.aggregate_id)
 """
 
 _DELIVERED: Final = """
