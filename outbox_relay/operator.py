@@ -362,11 +362,11 @@ class Operator:
             for event in examined:
                 if event.state != "dead":
                     changed.refuse(event.id, f"it is {event.state}, not dead{_ADVICE.get(event.state, '')}")
-            if not late:
-                too_late = self._too_late(session, lane, dead)
-                changed.refused += too_late
-                dead = [event for event in dead if event.id not in {refused.id for refused in too_late}]
-            _send_again(session, [event.id for event in dead], "dead", changed, dry_run=dry_run)
+            too_late = {} if late else self._too_late(session, lane, dead)
+            for id_, reason in too_late.items():
+                changed.refuse(id_, reason)
+            in_time = [event.id for event in dead if event.id not in too_late]
+            _send_again(session, in_time, "dead", changed, dry_run=dry_run)
 
         return self._change(chosen, "dead", change, dry_run=dry_run)
 
@@ -424,12 +424,8 @@ class Operator:
         with self._session() as session:
             for after, upto in session.windows():
                 with session.transaction():
-                    if dry_run:
-                        session.done += session.execute(_COUNT_ENDED, **periods, after=after, upto=upto).fetchall()[0][
-                            0
-                        ]
-                    else:
-                        session.done += session.execute(_PRUNE, **periods, after=after, upto=upto).rowcount
+                    ended = session.execute(_COUNT_ENDED if dry_run else _PRUNE, **periods, after=after, upto=upto)
+                    session.done += ended.fetchall()[0][0] if dry_run else ended.rowcount
             return session.done
 
     def _change(self, chosen: Filter | Iterable[int], state: str, change: _Change, *, dry_run: bool) -> Changed:
@@ -448,10 +444,10 @@ class Operator:
                     session.done = 0 if dry_run else changed.events
         return changed
 
-    def _too_late(self, session: _Session, lane: int, dead: Sequence[_Examined]) -> list[Refused]:
-        """Those of the dead events of which a successor has gone out, or of which that cannot be excluded."""
+    def _too_late(self, session: _Session, lane: int, dead: Sequence[_Examined]) -> dict[int, str]:
+        """Why a successor of these dead events has gone out or may have, by the event's id; the others are in time."""
         if not dead:
-            return []
+            return {}
         aggregates = {(event.type, event.aggregate) for event in dead}
         rows = session.execute(
             _GONE_OUT,
@@ -461,7 +457,7 @@ class Operator:
             lane=lane,
         )
         gone_out = {(type_, aggregate): id_ for type_, aggregate, id_ in rows}
-        refused: list[Refused] = []
+        reasons: dict[int, str] = {}
         for event in dead:
             successor = gone_out.get((event.type, event.aggregate), 0)
             if successor > event.id:
@@ -474,8 +470,8 @@ class Operator:
                 why = "a later event may have gone out and its row be deleted: it died longer ago than keep"
             else:
                 continue
-            refused.append(Refused(event.id, f"{why}. If subscribers compare versions, requeue it with --late"))
-        return refused
+            reasons[event.id] = f"{why}. If subscribers compare versions, requeue it with --late"
+        return reasons
 
     @contextmanager
     def _session(self) -> Iterator[_Session]:
