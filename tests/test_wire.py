@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import socket
@@ -22,6 +23,7 @@ from outbox_relay.outcome import ACCEPTED, Event, Outage, Refusal, Reply
 from outbox_relay.relay import Limits, waves
 from tests.support.gateway import Exchange, Fault, Gateway, drip
 from tests.support.subscriber import Subscriber, items, members
+from tests.support.waiting import in_background
 
 Subscribe = Callable[..., Subscriber]
 
@@ -297,14 +299,21 @@ def test_the_deadline_is_for_the_whole_request(fault: Fault) -> None:
     assert 0.4 <= seconds < 1.0
 
 
-def test_a_server_that_does_not_read(channel: str) -> None:
-    """Sending counts towards the deadline too."""
-    with socket.create_server(("127.0.0.1", 0), backlog=1) as server:
-        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+def test_a_server_that_sips() -> None:
+    """Sending counts towards the deadline too, however often a bit more of it gets through."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def sip() -> None:
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(ConnectionResetError):
+                while connection.recv(65_536):
+                    time.sleep(0.02)
+
         events = [event(payload=json.dumps("x" * 1_000_000)) for _ in range(20)]
-        answer, seconds = publish_to(address, events, timeout=0.4)
-    assert isinstance(answer, Outage)
-    assert answer.reason == "no answer within 0.4 s (WriteTimeout)"
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        with in_background(sip):
+            answer, seconds = publish_to(address, events, timeout=0.4)
+    assert answer == Outage("no answer within 0.4 s (WriteTimeout)")
     assert 0.4 <= seconds < 1.0
 
 
