@@ -30,7 +30,7 @@ def write(
     statement = sql.SQL(
         "INSERT INTO {} (aggregate_type, aggregate_id, version, channels, payload) "
         "VALUES ('order', %s, %s, %s, %s) RETURNING event_id::text"
-    ).format(sql.Identifier(schema, "outbox"))
+    ).format(sql.Identifier(schema.replace("%", "%%"), "outbox"))  # psycopg looks for placeholders in names, too
     row = connection.execute(statement, (aggregate_id, version, channels, payload)).fetchone()
     assert row is not None
     return Fact(("order", aggregate_id), version, row[0])
