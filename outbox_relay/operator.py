@@ -509,7 +509,9 @@ class _Session:
         self._connection = connection
         self.done = 0
         names: dict[str, Any] = {
-            name: sql.Identifier(schema, name) for name in ("outbox", "outbox_lane", "outbox_hold", "outbox_state")
+            # Whatever the schema is called, it is no placeholder.
+            name: sql.SQL(sql.Identifier(schema, name).as_string().replace("%", "%%"))
+            for name in ("outbox", "outbox_lane", "outbox_hold", "outbox_state")
         }
         names["of_aggregate"] = sql.SQL(_OF_AGGREGATE)
         names["event"], names["details"] = sql.SQL(_EVENT), sql.SQL(_DETAILS)

@@ -626,11 +626,11 @@ def test_what_needs_a_person_is_listed(connect: Connect, operator: Operator) -> 
 
 def test_the_outbox_may_be_in_a_schema_of_any_name(connect: Connect, database_url: str) -> None:
     connection = connect()
-    connection.execute('ALTER SCHEMA public RENAME TO "Out box"')
-    connection.execute('SET search_path = "Out box"')
+    connection.execute('ALTER SCHEMA public RENAME TO "Out %s box"')
+    connection.execute('SET search_path = "Out %s box"')
     dead = add(connection, 1, "dead")
     hold(connection, dead, "infinity")
-    operator = Operator(database_url, schema="Out box")
+    operator = Operator(database_url, schema="Out %s box")
     assert ids_of(operator.dead()) == [dead]
     assert operator.requeue([dead]).events == 1
     assert operator.discard([dead]).events == 1
