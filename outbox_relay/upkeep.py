@@ -13,7 +13,10 @@ PRUNE_CHUNK: Final = 5_000
 
 
 class Pruned(NamedTuple):
-    """How many rows were deleted, and the last id looked at that was old enough; None at the end."""
+    """How many rows were deleted, and the last id looked at that was old enough.
+
+    None where no further row is old enough yet, or where another relay is pruning at this moment.
+    """
 
     deleted: int
     last_id: int | None
@@ -47,10 +50,14 @@ WITH scanned AS MATERIALIZED (
     WHERE o.id = scanned.id
       AND (o.state IN ('delivered', 'superseded') AND o.settled_at < now() - %(keep)s * interval '1 second'
            OR o.state IN ('expired', 'dead', 'discarded')
-              AND o.settled_at < now() - %(keep_dead)s * interval '1 second')
+              AND o.settled_at < now() - %(keep_dead)s * interval '1 second'
+              -- A dead event that its aggregate waits for is how a person ends the wait.
+              AND NOT EXISTS (SELECT FROM {outbox_hold} AS h WHERE h.head_id = o.id
+                              AND h.aggregate_type = o.aggregate_type AND h.aggregate_id = o.aggregate_id))
     RETURNING 1
 )
-SELECT max(id) FILTER (WHERE created_at < now() - %(keep)s * interval '1 second'), (SELECT count(*) FROM deleted)
+SELECT max(id) FILTER (WHERE created_at < now() - least(%(keep)s, %(keep_dead)s) * interval '1 second'),
+       (SELECT count(*) FROM deleted)
 FROM scanned
 """
 

@@ -132,7 +132,7 @@ def test_a_change_that_is_not_committed_yet_decides(
     assert states(connection) == ({"pending": 1} if commits == "verb" else {})
 
 
-def test_a_dead_event_that_an_order_waits_for_is_kept(connect: Connect, database_url: str) -> None:
+def test_a_dead_event_that_an_order_waits_for_is_kept(connect: Connect, database_url: str, prune: Prune) -> None:
     """Without it nobody could say what is to become of the events behind it."""
     connection = connect()
     dead, gone = add(connection, "dead", 24), add(connection, "dead", 24, aggregate="2")
@@ -143,13 +143,15 @@ def test_a_dead_event_that_an_order_waits_for_is_kept(connect: Connect, database
         "SELECT aggregate_type, aggregate_id, lane, id, 'infinity', 0, 0, now(), now() FROM outbox WHERE id = %s",
         (dead,),
     )
+    for _ in range(12):
+        add(connection, "delivered", 23)
     operator = Operator(database_url)
-    assert operator.prune(keep_dead=3600, dry_run=True) == 1
-    assert operator.prune(keep_dead=3600) == 1
-    assert left(connection) == [dead, parked]
+    assert operator.prune(keep=7 * 86_400, keep_dead=3600, dry_run=True) == 1
+    prune(7 * 86_400, 3600)
+    assert left(connection)[:2] == [dead, parked]
     assert gone not in left(connection)
     assert operator.discard([dead]).events == 1
-    assert states(connection) == {"discarded": 1, "parked": 1}
+    assert states(connection) == {"delivered": 12, "discarded": 1, "parked": 1}
 
 
 # The relay's own part
