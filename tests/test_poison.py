@@ -179,3 +179,18 @@ def test_hazard_45_dead_needs_attempts_and_time(
         assert steps.states("guilty") == [first, "delivered" if dead and not wait_after_dead else "parked"]
         assert bool(steps.holds) == (not dead or wait_after_dead)
         assert set(steps.states("0")) == {"delivered"}
+
+
+@pytest.mark.xfail(reason="while nothing is accepted, a group of suspects is tried as a whole, guilty ones included")
+def test_a_few_innocent_events_are_not_stopped_by_a_few_guilty_ones(
+    connect: Connect, database_url: str, gateway: Gateway, centrifugo: Centrifugo, channel: str
+) -> None:
+    """A quiet outbox: each half of the first request has a guilty event in it, so nothing is ever accepted."""
+    connection = connect()
+    for name in ("innocent", "guilty", "guilty too"):
+        write(connection, name, 1, channel, MARKER if "guilty" in name else b"{}")
+    poison(gateway, "403")
+    with Stepper(database_url, Publisher(gateway.url, centrifugo.api_key)) as steps:
+        for _ in range(40):
+            steps.step()
+        assert steps.states("innocent") == ["delivered"]

@@ -1,0 +1,487 @@
+"""Whatever the weather: a relay's worker over an outbox in memory, driven by Hypothesis, judged by a log of requests.
+
+The worker, `waves`, `judge`, `decide` and `Suspects` are the real ones. In place of PostgreSQL stands `Memory`, which
+says in plain Python what the statements of `Store` say in SQL, on a clock that a test turns by minutes at once; in
+place of Centrifugo `Weather`, which accepts and refuses as it is told. The judge knows nothing of holds, attempts or
+suspects: only who was sent when, and who was accepted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, cast
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from outbox_relay.outcome import (
+    ACCEPTED,
+    INTERNAL,
+    PERMANENT,
+    Dead,
+    Event,
+    Held,
+    Hold,
+    Outage,
+    Policy,
+    Refusal,
+    Reply,
+    Settlement,
+    namespace,
+)
+from outbox_relay.relay import Options, Pause, Shared, Worker
+from outbox_relay.store import Batch, Claim, Clock, Lane, Store
+
+Aggregate = tuple[str, str]
+
+AGGREGATES: Sequence[Aggregate] = [(type_, name) for type_ in ("goes on", "waits") for name in "1234"]
+TRAFFIC: Aggregate = ("goes on", "traffic")
+"""An order that is never poisoned."""
+CHANNELS = ["a:1", "a:2", "b:1", "c:1"]
+CODES = [INTERNAL, 102, 104, 107, 108, 999]
+POLICY = Policy(max_attempts=3, min_age=60.0, backoff_base=1.0, backoff_max=30.0)
+OPTIONS = Options(
+    lanes=6,
+    events_per_lane=3,
+    batch_time=math.inf,
+    policy=POLICY,
+    policies={"waits": replace(POLICY, wait_after_dead=True)},
+)
+WAITING, ENDED = frozenset({"pending", "parked"}), frozenset({"delivered", "dead", "discarded"})
+LANES = 1 + len(AGGREGATES) // 2
+BLINK = 0.001
+"""Seconds that a request, a reply or a transaction takes."""
+
+
+@dataclass
+class Row:
+    event: Event
+    state: str = "pending"
+    accepted: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Wait:
+    """A row of outbox_hold."""
+
+    hold: Hold
+    due_at: float
+
+
+class Memory:
+    """`Store` without a database."""
+
+    def __init__(self) -> None:
+        self.now = 1_000.0
+        self.rows: dict[int, Row] = {}
+        self.waits: dict[Aggregate, Wait] = {}
+
+    def enqueue(self, aggregate: Aggregate, channels: list[str]) -> None:
+        id_ = len(self.rows) + 1
+        lane = _lane(aggregate)
+        self.rows[id_] = Row(
+            Event(id_, f"event {id_}", *aggregate, lane, id_, "change", channels, "{}", None, None, self.now)
+        )
+
+    def of(self, aggregate: Aggregate, *states: str) -> list[Row]:
+        """An aggregate's events in these states, in id order."""
+        return [row for row in self.rows.values() if row.event.aggregate == aggregate and row.state in states]
+
+    # What a worker asks of its store.
+
+    def prove_writable(self) -> None:
+        pass
+
+    def rehearse(self, ids: Sequence[int]) -> None:
+        pass
+
+    def still_ours(self) -> bool:
+        return True
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        yield
+        self.now += BLINK
+
+    def claim(self, after: int, lanes: int) -> Claim:
+        due = {_lane(aggregate) for aggregate, wait in self.waits.items() if wait.due_at <= self.now}
+        pending = {row.event.lane for row in self.rows.values() if row.state == "pending"}
+        order = [(after + step) % LANES for step in range(1, LANES + 1)]
+        return Claim(
+            [Lane(lane, lane in due) for lane in order if lane in due | pending][:lanes],
+            cast(Clock, _Now(self)),
+        )
+
+    def read(self, lanes: Sequence[Lane], *, events: int, per_lane: int, max_bytes: int) -> Batch:
+        batch = Batch()
+        due: list[Event] = []
+        for aggregate, wait in self.waits.items():
+            if wait.due_at <= self.now and Lane(_lane(aggregate), True) in lanes:
+                batch.holds[aggregate] = wait.hold
+                due += [self._sent(row) for row in self.of(aggregate, "parked")[:per_lane]]
+        met: list[Row] = []
+        for lane, _ in lanes:
+            mine = [row for row in self.rows.values() if row.event.lane == lane and row.state == "pending"]
+            met += mine[:per_lane]
+        for row in met:
+            if row.event.aggregate in self.waits:
+                row.state = "parked"
+                batch.parked += 1
+        free = [self._sent(row) for row in met if row.state == "pending"]
+        batch.events = [*sorted(due), *sorted(free)]
+        return batch
+
+    def settle(self, delivered: Sequence[int], refused: Sequence[Settlement], holds: Mapping[Aggregate, Hold]) -> None:
+        for id_ in delivered:
+            self.rows[id_].state = "delivered"
+        held: set[Aggregate] = set()
+        for event, outcome, accepted in refused:
+            row = self.rows[event.id]
+            row.accepted += accepted
+            match outcome:
+                case Held():
+                    row.state = "parked"
+                    self._hold(event, outcome, self.now + outcome.delay)
+                    held.add(event.aggregate)
+                case Dead():
+                    row.state = "dead"
+                    if outcome.wait:
+                        self._hold(event, Held(0, 0, 0.0, outcome.error), math.inf)
+                        held.add(event.aggregate)
+        for aggregate in holds.keys() - held:
+            self._release(aggregate)
+
+    # What an operator does, as `Operator` does it.
+
+    def discard(self, row: Row) -> None:
+        row.state = "discarded"
+        self._move_on(row.event.aggregate)
+
+    def requeue(self, row: Row) -> None:
+        row.state = "parked" if row.event.aggregate in self.waits else "pending"
+        self._move_on(row.event.aggregate)
+
+    def gone_out_after(self, row: Row) -> bool:
+        """Whether a later event of its aggregate was delivered, or accepted by some channel."""
+        return any(
+            other.event.id > row.event.id and (other.state == "delivered" or other.accepted)
+            for other in self.of(row.event.aggregate, *WAITING, *ENDED)
+        )
+
+    def _move_on(self, aggregate: Aggregate) -> None:
+        wait = self.waits.get(aggregate)
+        if wait is None or (wait.due_at == math.inf and self.rows[wait.hold.head_id].state == "dead"):
+            return
+        parked = self.of(aggregate, "parked")
+        if parked and wait.due_at == math.inf:
+            self.waits[aggregate] = Wait(Hold(parked[0].event.id, 0, 0, False, self.now, self.now), self.now)
+        else:
+            self._release(aggregate)
+
+    def _sent(self, row: Row) -> Event:
+        return row.event._replace(accepted=list(row.accepted) or None)
+
+    def _hold(self, event: Event, outcome: Held, due_at: float) -> None:
+        known = self.waits.get(event.aggregate)
+        same = known is not None and known.hold.head_id == event.id
+        first = known.hold.first_refused_at if known is not None and same else self.now
+        hold = Hold(event.id, outcome.tries, outcome.attempts, outcome.alone, first, self.now)
+        self.waits[event.aggregate] = Wait(hold, due_at)
+
+    def _release(self, aggregate: Aggregate) -> None:
+        parked = self.of(aggregate, "parked")
+        if not parked:
+            del self.waits[aggregate]
+        elif parked[0].event.id != self.waits[aggregate].hold.head_id:
+            self.waits[aggregate] = Wait(Hold(parked[0].event.id, 0, 0, False, self.now, self.now), self.now)
+
+
+def _lane(aggregate: Aggregate) -> int:
+    """Two aggregates share each lane."""
+    return 0 if aggregate == TRAFFIC else 1 + AGGREGATES.index(aggregate) // 2
+
+
+class _Now:
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+
+    def now(self) -> float:
+        return self._memory.now
+
+
+@dataclass
+class Sky:
+    """What Centrifugo makes of requests: refusals by channel, events that break their requests, or all of them."""
+
+    refusing: Mapping[str, int] = field(default_factory=dict)
+    poisoned: frozenset[Aggregate] = frozenset()
+    down: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request as it was heard. An event without an entry in `refused` was accepted by all that it was sent to."""
+
+    sent_at: float
+    answered_at: float
+    events: Sequence[Event]
+    refused: Mapping[int, Mapping[str, int]]
+    failed: bool = False
+
+    @cached_property
+    def accepted(self) -> Sequence[tuple[Event, str]]:
+        return [
+            (event, channel)
+            for event in self.events
+            for channel in event.unsent
+            if not self.failed and channel not in self.refused.get(event.id, {})
+        ]
+
+
+class Weather:
+    """A publisher under a sky that changes after `change_after` events, also in the middle of a request."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.sky = Sky()
+        self.next_sky = Sky()
+        self.change_after = math.inf
+        self.log: list[Request] = []
+        self._memory = memory
+
+    def close(self) -> None:
+        pass
+
+    def publish(self, events: Sequence[Event]) -> list[Reply] | Outage:
+        self._check(events)
+        self._memory.now += BLINK
+        sent_at = self._memory.now
+        broken = self.sky.down or any(event.aggregate in self.sky.poisoned for event in events)
+        replies = [self._reply(event) for event in events]
+        self._memory.now += BLINK
+        refused = {
+            event.id: {refusal.channel: refusal.code for refusal in reply.refusals}
+            for event, reply in zip(events, replies, strict=True)
+            if reply is not ACCEPTED
+        }
+        self.log.append(Request(sent_at, self._memory.now, events, {} if broken else refused, broken))
+        return Outage("the weather") if broken else replies
+
+    def _reply(self, event: Event) -> Reply:
+        self.change_after -= 1
+        if self.change_after < 0:
+            self.sky, self.change_after = self.next_sky, math.inf
+        refusing = self.sky.refusing
+        refusals = tuple(Refusal(channel, refusing[channel], "") for channel in event.unsent if channel in refusing)
+        accepted = tuple(channel for channel in event.unsent if channel not in refusing)
+        return Reply(refusals, accepted) if refusals else ACCEPTED
+
+    def _check(self, events: Sequence[Event]) -> None:
+        """One event per aggregate; a successor only after all its predecessors; nothing of who has to wait."""
+        assert len({event.aggregate for event in events}) == len(events) > 0
+        for event in events:
+            row = self._memory.rows[event.id]
+            assert row.state in WAITING
+            wait = self._memory.waits.get(event.aggregate)
+            assert wait is None or wait.due_at <= self._memory.now
+            for other in self._memory.of(event.aggregate, *WAITING):
+                assert other.event.id >= event.id or self._complete(other.event), f"{other} is overtaken by {event}"
+
+    def _complete(self, event: Event) -> bool:
+        return {channel for heard, channel in self.accepted() if heard.id == event.id} == set(event.channels)
+
+    def accepted(self) -> Iterator[tuple[Event, str]]:
+        return itertools.chain.from_iterable(request.accepted for request in self.log)
+
+    def blamable(self, id_: int) -> list[tuple[float, frozenset[int]]]:
+        """The event's refusals, each with when it was answered and its codes; none where its request failed with
+        others in it."""
+        found: list[tuple[float, frozenset[int]]] = []
+        for request in self.log:
+            if request.failed and [event.id for event in request.events] == [id_]:
+                found.append((request.answered_at, frozenset({0})))
+            elif id_ in request.refused:
+                found.append((request.answered_at, frozenset(request.refused[id_].values())))
+        return found
+
+    def evidence(self, event: Event) -> int:
+        """After how many of its refusals, before the next, another aggregate was accepted in a namespace of its."""
+        times = [answered_at for answered_at, _ in self.blamable(event.id)]
+        mine = set(map(namespace, event.channels))
+        others = [
+            request.sent_at
+            for request in self.log
+            if any(other.aggregate != event.aggregate and namespace(c) in mine for other, c in request.accepted)
+        ]
+        return sum(any(begin < at < end for at in others) for begin, end in itertools.pairwise(times))
+
+
+skies = st.builds(
+    Sky,
+    refusing=st.dictionaries(st.sampled_from(CHANNELS), st.sampled_from(CODES), max_size=3),
+    poisoned=st.frozensets(st.sampled_from(AGGREGATES), max_size=3),
+    down=st.sampled_from([False, False, False, True]),
+)
+
+
+class RelayUnderWeather(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = Memory()
+        self.weather = Weather(self.memory)
+        shared = Shared(Pause(OPTIONS))
+        self.worker = Worker(cast(Store, self.memory), self.weather, OPTIONS, shared)
+        self.dead: set[int] = set()
+
+    @rule(
+        aggregate=st.sampled_from(AGGREGATES),
+        channels=st.lists(st.sampled_from(CHANNELS), min_size=1, max_size=3, unique=True),
+        count=st.integers(1, 4),
+    )
+    def enqueue(self, aggregate: Aggregate, channels: list[str], count: int) -> None:
+        for _ in range(count):
+            self.memory.enqueue(aggregate, channels)
+
+    @rule(sky=skies)
+    def the_weather_changes(self, sky: Sky) -> None:
+        self.weather.sky = sky
+
+    @rule(sky=skies, after=st.integers(0, 12))
+    def the_weather_will_change(self, sky: Sky, after: int) -> None:
+        self.weather.next_sky, self.weather.change_after = sky, after
+
+    @rule(seconds=st.sampled_from([0.0, 1.0, 30.0, 600.0]), batches=st.integers(1, 4))
+    def work(self, seconds: float, batches: int) -> None:
+        for _ in range(batches):
+            self.memory.now += seconds
+            self.worker.run_once()
+            self._judge_the_dead()
+
+    @rule(
+        sky=st.sampled_from([Sky(down=True), Sky(refusing=dict.fromkeys(CHANNELS, INTERNAL))]),
+        minutes=st.integers(1, 30),
+    )
+    def an_outage_of_minutes(self, sky: Sky, minutes: int) -> None:
+        """It kills nothing, accepts nothing, and leaves no attempt that was not deserved before."""
+        before = {id_: row.state for id_, row in self.memory.rows.items()}
+        self.weather.sky, self.weather.change_after = sky, math.inf
+        attempts = {wait.hold.head_id: wait.hold.attempts for wait in self.memory.waits.values()}
+        for minute in range(minutes):
+            self.memory.now += 60.0
+            self.worker.run_once()
+            if minute == 0:
+                attempts = {wait.hold.head_id: wait.hold.attempts for wait in self.memory.waits.values()}
+        self._judge_the_dead()
+        for wait in self.memory.waits.values():
+            assert wait.hold.attempts <= attempts.get(wait.hold.head_id, 0) + 1
+        changed = {(before[id_], row.state) for id_, row in self.memory.rows.items() if before[id_] != row.state}
+        assert changed <= {("pending", "parked"), ("parked", "dead"), ("pending", "dead")}
+        self.weather.sky = Sky()
+
+    @precondition(lambda self: any(row.state == "dead" for row in self.memory.rows.values()))
+    @rule(data=st.data())
+    def requeue(self, data: st.DataObject) -> None:
+        row = data.draw(st.sampled_from([row for row in self.memory.rows.values() if row.state == "dead"]))
+        if not self.memory.gone_out_after(row):
+            self.memory.requeue(row)
+            self.dead.discard(row.event.id)
+
+    @precondition(lambda self: self._discardable())
+    @rule(data=st.data())
+    def discard(self, data: st.DataObject) -> None:
+        self.memory.discard(data.draw(st.sampled_from(self._discardable())))
+
+    def _discardable(self) -> list[Row]:
+        heads = {wait.hold.head_id for wait in self.memory.waits.values()}
+        return [
+            row
+            for row in self.memory.rows.values()
+            if row.state == "dead" or (row.state == "parked" and row.event.id in heads)
+        ]
+
+    def _judge_the_dead(self) -> None:
+        """Given up only for refusals that were its own: enough and long enough, or one that can never end well."""
+        for row in self.memory.rows.values():
+            if row.state != "dead" or row.event.id in self.dead:
+                continue
+            self.dead.add(row.event.id)
+            refusals, evidence = self.weather.blamable(row.event.id), self.weather.evidence(row.event)
+            (first, _), (last, codes) = refusals[0], refusals[-1]
+            assert INTERNAL not in codes
+            assert evidence >= (1 if codes & PERMANENT else POLICY.max_attempts)
+            assert codes & PERMANENT or last - first >= POLICY.min_age - 1
+
+    @invariant()
+    def first_acceptances_are_in_order(self) -> None:
+        last: dict[tuple[Aggregate, str], int] = {}
+        seen: set[tuple[int, str]] = set()
+        for event, channel in self.weather.accepted():
+            if (event.id, channel) not in seen:
+                assert last.get((event.aggregate, channel), 0) < event.id
+                last[event.aggregate, channel] = event.id
+                seen.add((event.id, channel))
+
+    @invariant()
+    def nothing_is_lost_and_nothing_sent_twice(self) -> None:
+        """Delivered is who was accepted by all channels, each of them once: no request here goes without an answer
+        that was executed."""
+        accepted = sorted((event.id, channel) for event, channel in self.weather.accepted())
+        assert len(accepted) == len(set(accepted))
+        for row in self.memory.rows.values():
+            mine = {channel for id_, channel in accepted if id_ == row.event.id}
+            assert (mine == set(row.event.channels)) == (row.state == "delivered")
+            assert row.state == "delivered" or mine == set(row.accepted)
+
+    @invariant()
+    def parked_is_who_is_behind_a_hold(self) -> None:
+        for aggregate in AGGREGATES:
+            parked = self.memory.of(aggregate, "parked")
+            wait = self.memory.waits.get(aggregate)
+            assert bool(parked) <= (wait is not None)
+            if wait is not None and wait.due_at < math.inf:
+                assert parked[0].event.id == wait.hold.head_id
+
+    @invariant()
+    def nobody_waits_or_is_blamed_without_evidence(self) -> None:
+        for wait in self.memory.waits.values():
+            event = self.memory.rows[wait.hold.head_id].event
+            assert wait.hold.attempts <= self.weather.evidence(event)
+            assert wait.hold.tries <= len(self.weather.blamable(event.id))
+
+    def teardown(self) -> None:
+        """Some events stay poisoned, and other orders go on: all but those end. Then nothing is poisoned: all end, but
+        for those that wait for a person."""
+        self.weather.sky, self.weather.change_after = Sky(poisoned=self.weather.sky.poisoned), math.inf
+        self._let_go(without=self.weather.sky.poisoned)
+        self.weather.sky = Sky()
+        self._let_go(without=frozenset())
+
+    def _let_go(self, without: frozenset[Aggregate]) -> None:
+        for _ in range(100):
+            stuck = [
+                row
+                for row in self.memory.rows.values()
+                if row.state in WAITING and row.event.aggregate not in without and not self._waits_for_a_person(row)
+            ]
+            if not stuck:
+                return
+            self.memory.enqueue(TRAFFIC, ["a:1", "b:1", "c:1"])
+            self.memory.now += POLICY.backoff_max
+            self.worker.run_once()
+        raise AssertionError(f"still waiting: {stuck}")
+
+    def _waits_for_a_person(self, row: Row) -> bool:
+        wait = self.memory.waits.get(row.event.aggregate)
+        return wait is not None and wait.due_at == math.inf
+
+
+RelayUnderWeather.TestCase.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+test_a_relay_under_weather: Any = pytest.mark.timeout(600)(RelayUnderWeather.TestCase)
