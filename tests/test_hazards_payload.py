@@ -11,6 +11,7 @@ import pytest
 from outbox_relay.embedded.centrifugo import DEFAULT_CONFIG, Centrifugo
 from outbox_relay.relay import Ended, Limits, Options
 from tests.conftest import Connect, MakeRelay, RunRelay, StartRelay
+from tests.support.gateway import Gateway
 from tests.support.subscriber import Subscriber
 from tests.support.waiting import wait_until
 from tests.support.writing import Traffic, fact, states, write
@@ -139,16 +140,22 @@ def test_hazard_44_huge_payloads_do_not_fill_the_memory(
 
 
 def test_hazard_44_one_channel_is_not_flooded_by_one_request(
-    connect: Connect, run_relay: RunRelay, subscribe: Subscribe, relay_options: Options, channel: str
+    connect: Connect,
+    run_relay: RunRelay,
+    subscribe: Subscribe,
+    gateway: Gateway,
+    relay_options: Options,
+    channel: str,
 ) -> None:
     """Centrifugo disconnects a subscriber with more than 1 MiB in its queue. Twenty times 200 kB, which one request
-    could carry but for its limit per channel, come through without a reconnect."""
+    could carry but for its limit per channel, go one by one and come through without a reconnect."""
     subscriber = subscribe(channel)
     connection = connect()
     payload = '"%s"' % ("x" * 200_000)
     for number in range(20):
         write(connection, str(number), 1, channel, payload)
     roomy = replace(relay_options, batch_bytes=64_000_000, limits=Limits(bytes=64_000_000))
-    assert run_relay(roomy) is Ended.EMPTY
+    assert run_relay(roomy, api_url=gateway.url) is Ended.EMPTY
+    assert [len(request) for request in gateway.requests] == [1] * 20
     assert len(subscriber.wait_for(20)) == 20
     assert subscriber.connections == 1
