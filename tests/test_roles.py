@@ -16,13 +16,12 @@ from psycopg import sql
 from psycopg.errors import InsufficientPrivilege
 
 from outbox_relay import Outbox
+from outbox_relay.build import build_relay
 from outbox_relay.config import load
 from outbox_relay.doctor import examine
 from outbox_relay.embedded.centrifugo import Centrifugo
 from outbox_relay.migrations import migrate
-from outbox_relay.outcome import Policy
-from outbox_relay.relay import Options
-from tests.conftest import MakeRelay, sqlalchemy_engine
+from tests.conftest import sqlalchemy_engine
 from tests.support.gateway import Gateway, refuse
 from tests.support.programs import psql
 from tests.support.subscriber import Subscriber
@@ -165,55 +164,53 @@ def allowed(url: str, site: Site, statements: list[str]) -> list[str]:
 
 
 def test_a_relay_with_these_rights_delivers(
-    site: Site, centrifugo: Centrifugo, make_relay: MakeRelay, subscribe: Subscribe, channel: str
+    site: Site, centrifugo: Centrifugo, subscribe: Subscribe, channel: str
 ) -> None:
-    """All that a relay ever does, with the relay's rights alone: deliver, hold, give up, go on, remove; and the
+    """All that a relay does, with the relay's rights alone: deliver and remove, hold, give up, go on; and the
     doctor finds nothing wrong."""
     subscriber = subscribe(channel)
-    with psycopg.connect(site.admin, autocommit=True) as admin:
-        table, holds = (sql.Identifier(site.schema, name) for name in ("outbox", "outbox_hold"))
+    bad = refuse(107, lambda command: command.aggregate == ("order", "bad") and command.version == 1)
+    with (
+        Gateway(centrifugo.api_url, bad) as gateway,
+        psycopg.connect(site.admin, autocommit=True) as admin,
+        sqlalchemy_engine(site.writer).connect() as writer,
+    ):
+        settings = load(
+            {
+                "database_url": site.relay,
+                "schema": site.schema,
+                "centrifugo_url": gateway.url,
+                "centrifugo_api_key": centrifugo.api_key,
+                "keep": 0.0,
+                "backoff_base": 0.05,
+                "backoff_max": 0.05,
+            },
+            environ={},
+        )
+        assert [finding for finding in examine(settings) if not finding.ok] == []
 
         def write_event(name: str, version: int) -> None:
-            with sqlalchemy_engine(site.writer).begin() as connection:
-                statement = Outbox(site.schema).enqueue("order", name, version=version, channels=channel, payload={})
-                connection.execute(statement)
+            event = Outbox(site.schema).enqueue("order", name, version=version, channels=channel, payload={})
+            writer.execute(event)
+            writer.commit()
 
-        def ends() -> list[tuple[str, int]]:
-            query = sql.SQL("SELECT state::text, version FROM {} ORDER BY id").format(table)
+        def rows(table: str) -> list[tuple[str]]:
+            query = sql.SQL("SELECT aggregate_id::text FROM {}").format(sql.Identifier(site.schema, table))
             return admin.execute(query).fetchall()
 
-        def is_held() -> bool:
-            return admin.execute(sql.SQL("SELECT FROM {}").format(holds)).fetchone() is not None
+        def is_given_up() -> bool:
+            write_event("good", next(versions))  # that others pass is the evidence against it
+            return not rows("outbox_hold")
 
-        options = Options(keep=0.0, policy=Policy(max_attempts=1, min_age=0.0, backoff_base=0.05, backoff_max=0.05))
-        bad = refuse(107, lambda command: command.aggregate == ("order", "bad") and command.version == 1)
-        with (
-            Gateway(centrifugo.api_url, bad) as gateway,
-            make_relay(options, database_url=site.relay, schema=site.schema, api_url=gateway.url),
-        ):
-            for name, version in (("good", 1), ("bad", 1), ("bad", 2)):
-                write_event(name, version)
-            wait_until(is_held, "the refused order waits")
-            versions = itertools.count(2)
-
-            def is_given_up() -> bool:
-                write_event("good", next(versions))  # what others may send is the evidence against it
-                return ("dead", 1) in ends()
-
-            wait_until(is_given_up, "the refused event is dead")
-            wait_until(lambda: ends() == [("dead", 1)], "what was delivered is removed, what is dead stays")
-            assert not is_held()
-    received = subscriber.wait_for(next(versions))
+        versions = itertools.count(1)
+        with build_relay(settings):
+            for version in (1, 2):
+                write_event("bad", version)
+            wait_until(lambda: rows("outbox_hold"), "the refused order waits")
+            wait_until(is_given_up, "the refused event is dead, and its successor is delivered")
+            received = subscriber.wait_for(next(versions))
+            wait_until(lambda: rows("outbox") == [("bad",)], "what was delivered is gone, what is dead stays")
     assert [publication.version for publication in received if publication.tags["ob_id"] == "bad"] == [2]
-    settings = load(
-        {"schema": site.schema},
-        environ={
-            "OUTBOX_RELAY_DATABASE_URL": site.relay,
-            "OUTBOX_RELAY_CENTRIFUGO_URL": centrifugo.api_url,
-            "OUTBOX_RELAY_CENTRIFUGO_API_KEY": centrifugo.api_key,
-        },
-    )
-    assert [finding for finding in examine(settings) if not finding.ok] == []
 
 
 def test_the_owner_migrates(site: Site) -> None:

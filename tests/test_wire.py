@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import socket
+import threading
 import time
 import uuid
 from collections import Counter
@@ -296,25 +297,27 @@ def test_the_deadline_is_for_the_whole_request(fault: Fault) -> None:
         answer, seconds = publish_to(gateway.url, [event()], timeout=0.4)
     assert isinstance(answer, Outage)
     assert answer.reason.startswith("no answer within 0.4 s")
-    assert 0.4 <= seconds < 1.0
+    assert 0.4 <= seconds < 3.0
 
 
 def test_a_server_that_sips() -> None:
     """Sending counts towards the deadline too, however often a bit more of it gets through."""
+    over = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def sip() -> None:
             connection, _ = server.accept()
             with connection, contextlib.suppress(ConnectionResetError):
-                while connection.recv(65_536):
-                    time.sleep(0.02)
+                while not over.wait(0.05):
+                    connection.recv(65_536)
 
         events = [event(payload=json.dumps("x" * 1_000_000)) for _ in range(20)]
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         with in_background(sip):
             answer, seconds = publish_to(address, events, timeout=0.4)
+            over.set()
     assert answer == Outage("no answer within 0.4 s (WriteTimeout)")
-    assert 0.4 <= seconds < 1.0
+    assert 0.4 <= seconds < 3.0
 
 
 def test_a_reply_has_a_limit() -> None:
