@@ -27,7 +27,7 @@ from outbox_relay.outbox import KINDS, STATES
 from outbox_relay.outcome import Event
 from tests.conftest import Connect, RunRelay
 from tests.support.subscriber import Subscriber, as_json
-from tests.support.waiting import wait_until
+from tests.support.waiting import PATIENCE, wait_until
 from tests.test_readme import README, ROOT, WRITING, Example, examples
 
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -250,6 +250,8 @@ def test_the_documented_subscriber_never_goes_backwards(
         await asyncio.to_thread(run_relay)
         await asyncio.to_thread(wait_until, lambda: screen.shown.get(("orders", "3")) == "last", "the last arrives")
         await client.disconnect()
+        if closing := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(closing, timeout=PATIENCE)  # the client closes its socket behind our back
         return screen
 
     screen = asyncio.run(watch())
