@@ -3,17 +3,21 @@
 What an application imports to write events. The relay itself is `outbox-relay run`, or `outbox_relay.build`.
 """
 
-from outbox_relay.orm import aenqueue_for, enqueue_for
-from outbox_relay.outbox import (
-    InvalidEventError,
-    NewEvent,
-    Outbox,
-    PayloadTooLargeError,
-    enqueue,
-    enqueue_all,
-    metadata,
-    tables,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from outbox_relay.orm import aenqueue_for, enqueue_for
+    from outbox_relay.outbox import (
+        InvalidEventError,
+        NewEvent,
+        Outbox,
+        PayloadTooLargeError,
+        enqueue,
+        enqueue_all,
+        metadata,
+        tables,
+    )
 
 __all__ = [
     "InvalidEventError",
@@ -27,3 +31,15 @@ __all__ = [
     "metadata",
     "tables",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load on first use: the relay shares this package and has no use for SQLAlchemy's 30 MB."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    room = "orm" if name.endswith("enqueue_for") else "outbox"
+    return getattr(import_module(f"{__name__}.{room}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -15,7 +15,7 @@ from typing import Any, Final
 import httpx
 import orjson
 
-from outbox_relay.outcome import ACCEPTED, Event, Outage, Refusal, Reply
+from outbox_relay.outcome import ACCEPTED, Event, Outage, Refusal, Reply, boottime
 from outbox_relay.transport import Deadline, DeadlineTransport
 
 WIRE_VERSION: Final = "1"
@@ -63,11 +63,15 @@ class Centrifugo:
     def close(self) -> None:
         self._client.close()
 
-    def publish(self, events: Sequence[Event]) -> list[Reply] | Outage:
-        """Publish one request, and say for each event, in order, what became of it."""
+    def publish(self, events: Sequence[Event], deadline: float | None = None) -> list[Reply] | Outage:
+        """Publish one request, and say for each event, in order, what became of it.
+
+        `deadline` is on `boottime()`; by default `timeout` from now. Not a byte is sent past it.
+        """
         too_deep = {n for n, event in enumerate(events) if _too_deep(event.payload)}
         sent = [event for n, event in enumerate(events) if n not in too_deep] if too_deep else events
-        answer = self._batch(encode_batch(sent, parallel=self._parallel and len(sent) > 1), len(sent))
+        body = encode_batch(sent, parallel=self._parallel and len(sent) > 1)
+        answer = self._batch(body, len(sent), deadline)
         if isinstance(answer, Outage):
             return answer
         try:
@@ -85,11 +89,11 @@ class Centrifugo:
 
     def probe(self) -> Outage | None:
         """Send an empty batch: does Centrifugo answer, and does it take the key? Says nothing of its broker."""
-        answer = self._batch(b'{"commands":[]}', 0)
+        answer = self._batch(b'{"commands":[]}', 0, None)
         return answer if isinstance(answer, Outage) else None
 
-    def _batch(self, body: bytes, commands: int) -> list[Any] | Outage:
-        self._deadline.start(self.timeout)
+    def _batch(self, body: bytes, commands: int, deadline: float | None) -> list[Any] | Outage:
+        self._deadline.at = boottime() + self.timeout if deadline is None else deadline
         try:
             with self._client.stream("POST", f"{self._api}/batch", content=body) as response:
                 if response.status_code != 200:

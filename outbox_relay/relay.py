@@ -92,9 +92,12 @@ class Options:
 
 
 class Publisher(Protocol):
-    """Where events go. Exactly one reply per event, in order, or one outage for all."""
+    """Where events go. Exactly one reply per event, in order, or one outage for all; nothing is sent past `deadline`.
 
-    def publish(self, events: Sequence[Event]) -> list[Reply] | Outage: ...
+    The deadline is on `boottime()`, and was taken while the lanes were surely ours.
+    """
+
+    def publish(self, events: Sequence[Event], deadline: float) -> list[Reply] | Outage: ...
 
     def close(self) -> None: ...
 
@@ -250,9 +253,10 @@ class Worker:
             events = [event for event in wave if event.aggregate not in sent.behind] if sent.behind else wave
             if not events:
                 continue
-            if not self._store.still_ours():
+            deadline = self._store.request_deadline()
+            if deadline is None:
                 break
-            outage = self._send(events, clock, sent)
+            outage = self._send(events, deadline, clock, sent)
             if outage is None:
                 continue
             if events[0].id in alone or self._shared.failed(events, clock):
@@ -264,10 +268,10 @@ class Worker:
             sent.behind.update(event.aggregate for event in events)
         return sent
 
-    def _send(self, events: Sequence[Event], clock: Clock, sent: Sent) -> Outage | None:
+    def _send(self, events: Sequence[Event], deadline: float, clock: Clock, sent: Sent) -> Outage | None:
         """Send one request and note its answers in `sent`."""
         sent_at, started = clock.now(), boottime()
-        replies = self._publisher.publish(events)
+        replies = self._publisher.publish(events, deadline)
         outage = replies if isinstance(replies, Outage) else None
         self._shared.observer.request(len(events), boottime() - started, outage)
         if isinstance(replies, Outage):

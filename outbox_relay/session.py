@@ -68,16 +68,17 @@ class Session:
         except psycopg.Error as error:
             raise DatabaseUnavailableError(one_line(error)) from error
 
-    def still_ours(self) -> bool:
-        """Whether a request that starts now ends before the database could give the lanes to another relay.
+    def request_deadline(self) -> float | None:
+        """When a request that starts now must have ended, on `boottime()`. None: the lanes may be lost before that.
 
         The clock counts from before the last answered statement was sent, and goes on while the process is
         stopped. A session that was ended has left its last words on the socket.
         """
-        if boottime() - self._asked_at + self.request_timeout >= self.session_timeout:
-            return False
+        deadline = boottime() + self.request_timeout
+        if deadline >= self._asked_at + self.session_timeout:
+            return None
         readable, _, _ = select.select([self._connection.fileno()], [], [], 0)
-        return not readable
+        return None if readable else deadline
 
     def ask(self, query: LiteralString, **parameters: Any) -> tuple[Any, ...]:
         with self.batch():

@@ -19,17 +19,14 @@ _CHUNK: Final = 256 * 1024
 
 
 class Deadline:
-    """When the request under way must have ended, on a clock that goes on while the process is stopped."""
+    """When the request under way must have ended, on `boottime()`, which goes on while the process is stopped."""
 
     def __init__(self) -> None:
-        self._at = 0.0
-
-    def start(self, seconds: float) -> None:
-        self._at = boottime() + seconds
+        self.at = 0.0
 
     def left(self, expired: type[httpcore.TimeoutException]) -> float:
         """Seconds until the deadline. Raises `expired` when there are none."""
-        left = self._at - boottime()
+        left = self.at - boottime()
         if left <= 0:
             raise expired("the request's deadline has passed")
         return left

@@ -371,7 +371,7 @@ class Blocking:
         self._blocks = blocks
         self._released = released
 
-    def publish(self, events: Sequence[Event]) -> list[Reply] | Outage:
+    def publish(self, events: Sequence[Event], deadline: float) -> list[Reply] | Outage:
         if self._blocks.is_set():
             self._blocks.clear()
             self._released.wait()

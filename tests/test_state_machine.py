@@ -102,8 +102,8 @@ class Memory:
     def rehearse(self, ids: Sequence[int]) -> None:
         pass
 
-    def still_ours(self) -> bool:
-        return True
+    def request_deadline(self) -> float | None:
+        return math.inf
 
     @contextmanager
     def batch(self) -> Iterator[None]:
@@ -258,7 +258,7 @@ class Weather:
     def close(self) -> None:
         pass
 
-    def publish(self, events: Sequence[Event]) -> list[Reply] | Outage:
+    def publish(self, events: Sequence[Event], deadline: float) -> list[Reply] | Outage:
         self._check(events)
         self._memory.now += BLINK
         sent_at = self._memory.now
@@ -311,7 +311,8 @@ class Weather:
         return found
 
     def evidence(self, event: Event) -> int:
-        """After how many of its refusals, before the next, another aggregate was accepted in a namespace of its."""
+        """After how many of its refusals but the last another aggregate was accepted in a namespace of its, before
+        what came of the next refusal was settled: that is, before the one after that."""
         times = [answered_at for answered_at, _ in self.blamable(event.id)]
         mine = set(map(namespace, event.channels))
         others = [
@@ -319,7 +320,10 @@ class Weather:
             for request in self.log
             if any(other.aggregate != event.aggregate and namespace(c) in mine for other, c in request.accepted)
         ]
-        return sum(any(begin < at < end for at in others) for begin, end in itertools.pairwise(times))
+        return sum(
+            any(begin < at < end for at in others)
+            for begin, end in zip(times[:-1], [*times[2:], math.inf], strict=False)
+        )
 
 
 skies = st.builds(

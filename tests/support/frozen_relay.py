@@ -16,7 +16,7 @@ from outbox_relay.relay import Relay
 from outbox_relay.store import Store
 
 POINTS = {
-    "before it looks at its lock": (Store, "still_ours"),
+    "before it looks at its lock": (Store, "request_deadline"),
     "before it sends": (Centrifugo, "publish"),
     "before it settles": (Store, "settle"),
     "before it commits": (Store, "_settle"),
