@@ -9,12 +9,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import psycopg
 import pytest
 import sqlalchemy as sa
-from typer.testing import CliRunner, Result
 
 from outbox_relay import migrations
 from outbox_relay.cli import app
@@ -31,6 +30,14 @@ NO_DATABASE = f"postgresql://user:{CANARY}@127.0.0.1:1/none"
 Subscribe = Callable[..., Subscriber]
 
 
+class Result(NamedTuple):
+    """How a verb ended."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
 class Cli(Protocol):
     """Run a verb in this process, as `outbox-relay ARGUMENTS` with only these variables: OUTBOX_RELAY_…"""
 
@@ -38,17 +45,20 @@ class Cli(Protocol):
 
 
 @pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("OUTBOX_RELAY_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: str, **environ: str) -> Result:
-        variables = {f"OUTBOX_RELAY_{name.upper()}": value for name, value in environ.items()}
-        result = CliRunner().invoke(app, arguments, env=variables)
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-        assert CANARY not in result.output
+        with monkeypatch.context() as patch:
+            for name, value in environ.items():
+                patch.setenv(f"OUTBOX_RELAY_{name.upper()}", value)
+            with pytest.raises(SystemExit) as ended:
+                app(arguments)
+        result = Result(int(ended.value.code or 0), *capsys.readouterr())
+        assert CANARY not in result.stdout + result.stderr
         return result
 
     return run
@@ -56,7 +66,7 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
 
 def said(result: Result, code: int) -> str:
     """The one line on standard error of a verb that ends with `code`."""
-    assert result.exit_code == code, result.output
+    assert result.exit_code == code, result.stdout + result.stderr
     [line] = result.stderr.splitlines()
     assert line.startswith("error: ")
     return line.removeprefix("error: ")
