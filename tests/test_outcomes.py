@@ -403,6 +403,30 @@ def test_an_event_of_several_channels(
         )
 
 
+@pytest.mark.xfail(
+    reason="a head that was never refused itself is judged as if its aggregate's hold were a refusal of its own"
+)
+def test_a_first_refusal_never_counts(
+    connect: Connect, database_url: str, particular: Centrifugo, window: Gateway
+) -> None:
+    """Also that of the event which heads the hold since the one before it ended: a neighbour that is accepted in the
+    same request is no evidence."""
+    connection = connect()
+    with Stepper(database_url, Publisher(window.url, particular.api_key), NOT_BY_ITSELF) as steps:
+        for version in (1, 2):
+            write(connection, "guilty", version, "objects:guilty", "1")
+        steps.step()
+        write(connection, "neighbour", 1, "objects:neighbour")
+        steps.step()
+        steps.make_due()
+        steps.step()
+        assert steps.states("guilty") == ["dead", "parked"]
+        write(connection, "neighbour", 2, "objects:neighbour")
+        steps.step()
+        assert [command.version for command in window.commands if command.aggregate[1] == "guilty"] == [1, 1, 2]
+        assert steps.states("guilty") == ["dead", "parked"]
+
+
 # An event that makes every request with it fail
 
 WHOLE: Mapping[str, Fault] = {
