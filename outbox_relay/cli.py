@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from io import StringIO
 from queue import SimpleQueue
 from types import FrameType
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 EXIT_ONLY_HELD: Final = 3
 EXIT_HARD_STOP: Final = 130
+M_MMAP_THRESHOLD: Final = -3
 
 app = typer.Typer(
     help="Delivers the events of a transactional outbox in PostgreSQL to Centrifugo, in order per aggregate.\n\n"
@@ -122,6 +124,7 @@ def run(  # noqa: PLR0917 - Typer's options are keywords
         from outbox_relay.relay import Ended
 
         build_publisher(settings).close()
+        _give_big_blocks_back()
         log.configure(settings.log_format, settings.log_level, settings.secrets())
         with monitored_relay(settings) as relay:
             ended = _run_until_signal(relay, until_empty=until_empty)
@@ -222,11 +225,10 @@ def status(
         from outbox_relay.upkeep import COUNT_LIMIT
 
         try:
-            store = build_store(settings)
-            backlog = store.backlog()._asdict()
-            store.close()
+            with closing(build_store(settings)) as store:
+                backlog = store.backlog()._asdict()
         except DatabaseUnavailableError as error:
-            fail(f"the database says: {error}", settings)
+            fail(f"the database says: {error} (outbox-relay check says what is wrong)", settings)
         if as_json:
             print_json(backlog | {"count_limit": COUNT_LIMIT})
             return
@@ -257,6 +259,17 @@ def demo(
 
 
 cli_operator.register(app)
+
+
+def _give_big_blocks_back() -> None:
+    """Let the memory of a large payload return to the system, where glibc would keep it for the next one.
+
+    Once such a block was freed, glibc takes later ones from heaps that shrink seldom, one heap a thread. A fixed
+    threshold keeps to mapping them, each by itself (`man mallopt`, M_MMAP_THRESHOLD).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 128 * 1024)
 
 
 def _run_until_signal(relay: Relay, *, until_empty: bool) -> Ended:

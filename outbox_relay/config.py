@@ -61,7 +61,7 @@ class Settings:
     parallel: Annotated[bool, Doc("let Centrifugo publish a request's events side by side")] = True
     lanes: Annotated[int, Field(ge=1, le=256), Doc("lanes that a batch may lock, of 256")] = 64
     batch_events: Annotated[Count, Doc("events that a batch reads")] = 1_000
-    batch_bytes: Annotated[Bytes, Doc("bytes of payload that a batch reads")] = 2 * 1024 * 1024
+    batch_bytes: Annotated[Bytes, Doc("bytes of payload that a batch reads")] = 1024 * 1024
     request_events: Annotated[Count, Doc("events in one request to Centrifugo")] = 1_000
     request_bytes: Annotated[Bytes, Doc("bytes of payload in one request")] = 1024 * 1024
     channel_bytes: Annotated[Bytes, Doc("bytes of payload to one channel in one request")] = 256 * 1024
@@ -149,7 +149,7 @@ def _validated(values: Mapping[str, Any]) -> Settings:
         problem = error.errors(include_input=False, include_url=False, include_context=False)[0]
         name = ".".join(str(part) for part in problem["loc"])
         if problem["type"] in {"unexpected_keyword_argument", "extra_forbidden"}:
-            raise ConfigError(f"there is no setting {name!r}: outbox-relay run --help lists them") from None
+            raise ConfigError(f"there is no setting {name!r}: outbox-relay config show lists them") from None
         raise ConfigError(f"{name} ({PREFIX}{name.upper()}): {problem['msg'].lower()}") from None
 
 

@@ -175,7 +175,7 @@ def _refuse_to_lose_events(op: Operations | Any, schema: str | None) -> None:
     if waiting:
         raise MigrationError(
             f"{outbox} holds events that have not been delivered: drain it first "
-            "(outbox-relay run --until-empty), then downgrade"
+            "(outbox-relay run --until-empty; what is refused: outbox-relay dead list), then downgrade"
         )
 
 

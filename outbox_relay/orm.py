@@ -37,7 +37,8 @@ def enqueue_for(
     The class needs a `version_id_col`. `payload` may be a function of the instance: it is called after the
     flush, so it sees server-side values and the new version. `aggregate_type` is the table's name and the
     aggregate's id the primary key (joined by `:` if it has several columns) unless given. Raises
-    `InvalidEventError`, also when the instance is deleted: what is gone has no row to take a version from.
+    `InvalidEventError`, also when the instance is deleted: what is gone has no row to take a version from. Where
+    the flush changes nothing, the version stays what it was, and subscribers take the event for one they know.
     """
     mapper: Mapper[Any] = sa.inspect(type(instance))
     column = mapper.version_id_col

@@ -380,7 +380,11 @@ def tables(metadata: sa.MetaData, schema: str | None = None) -> sa.MetaData:
     return metadata
 
 
-LANE: Final = "((hashtextextended(aggregate_type || '/' || aggregate_id, 0) & 255)::smallint)"
+# As PostgreSQL prints it: Alembic compares the texts.
+LANE: Final = (
+    "((hashtextextended((((aggregate_type)::text || '/'::text) || (aggregate_id)::text), (0)::bigint)"
+    " & (255)::bigint))::smallint"
+)
 metadata: Final = tables(sa.MetaData())
 
 __all__ = [

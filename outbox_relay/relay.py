@@ -71,7 +71,7 @@ class Options:
     lanes: int = 64
     events_per_lane: int = 16
     batch_events: int = 1_000
-    batch_bytes: int = 2 * 1024 * 1024
+    batch_bytes: int = 1024 * 1024
     batch_time: float = 1.0
     poll_min: float = 0.002
     poll_max: float = 0.1
@@ -228,11 +228,12 @@ class Worker:
                 options.policy_of,
                 anything_accepted=sent.anything_accepted,
             )
+            outage = sent.outage or trouble
+            # Before the lanes are free for another worker, which would not know.
+            self._shared.pause.report(outage, sound=sent.sound)
             if sent.delivered or settlements or batch.holds:
                 self._store.settle([event.id for event in sent.delivered], settlements, batch.holds)
         self._untried = False
-        outage = sent.outage or trouble
-        self._shared.pause.report(outage, sound=sent.sound)
         self._shared.observer.batch(sent.delivered, settlements, claim.clock.now())
         _log_outcomes(len(sent.delivered), settlements)
         return bool(sent.delivered or settlements or batch.parked or outage)
@@ -245,7 +246,8 @@ class Worker:
         planned = waves(free, self._options.limits)
         full = list(takewhile(lambda wave: len(wave) * WAVE_SHRINKAGE >= len(planned[0]), planned))
         if suspects:
-            sent.behind.update(event.aggregate for wave in planned[len(full) :] for event in wave)
+            unsent = {event.aggregate for wave in planned[len(full) :] for event in wave}
+            suspects = [[event for event in group if event.aggregate not in unsent] for group in suspects]
         ends_at = boottime() + self._options.batch_time
         for number, wave in enumerate([*full, *suspects]):
             if number and (self._shared.stopping.is_set() or boottime() >= ends_at):

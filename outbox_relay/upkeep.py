@@ -104,7 +104,8 @@ CROSS JOIN LATERAL (
 _END_STUCK: Final = """
 SELECT count(pg_terminate_backend(pid))
 FROM pg_stat_activity
-WHERE usename = current_user AND application_name = %(application_name)s AND pid <> pg_backend_pid()
+WHERE datname = current_database() AND usename = current_user AND pid <> pg_backend_pid()
+  AND application_name = %(application_name)s
   AND wait_event = 'ClientWrite' AND state_change < clock_timestamp() - %(age)s * interval '1 second'
 """
 

@@ -470,5 +470,5 @@ def test_secrets_are_never_shown(cli: Cli, url: str) -> None:
 def test_settings_that_are_wrong_are_usage(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "outbox-relay.toml").write_text("worker = 3\n")
     assert cli("config", "show") == Ended(
-        USAGE, "", "error: there is no setting 'worker': outbox-relay run --help lists them\n"
+        USAGE, "", "error: there is no setting 'worker': outbox-relay config show lists them\n"
     )
