@@ -80,7 +80,7 @@ class Centrifugo:
                 for event, reply in zip(sent, answer, strict=True)
             ]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            return Outage(f"the reply is not Centrifugo's: {type(error).__name__} in a command's reply")
+            return Outage(f"the reply is not Centrifugo's: {type(error).__name__} in a command's reply", verdict=200)
         for n in sorted(too_deep):
             message = "not sent: the payload is nested too deeply for Centrifugo's decoder"
             refusals = (Refusal(channel, BAD_REQUEST, message) for channel in events[n].unsent)
@@ -101,19 +101,21 @@ class Centrifugo:
                 content = _read(response, _REPLY_FLOOR + commands * _REPLY_BYTES_PER_COMMAND)
         except httpx.TimeoutException as error:
             return Outage(f"no answer within {self.timeout:g} s ({type(error).__name__})")
-        except httpx.HTTPError as error:
+        except httpx.ConnectError as error:
             return Outage(_describe(error))
+        except httpx.HTTPError as error:
+            return Outage(_describe(error), verdict=_CUT)
         if content is None:
-            return Outage("the reply is larger than any reply of Centrifugo's")
+            return Outage("the reply is larger than any reply of Centrifugo's", verdict=200)
         try:
             answer = orjson.loads(content)
         except orjson.JSONDecodeError:
-            return Outage("the reply is not JSON: is this Centrifugo's address?")
+            return Outage("the reply is not JSON: is this Centrifugo's address?", verdict=200)
         replies = answer.get("replies", []) if isinstance(answer, dict) else None
         if not isinstance(replies, list) or (isinstance(answer, dict) and "error" in answer):
-            return Outage("the reply is no batch reply: is this Centrifugo's address?")
+            return Outage("the reply is no batch reply: is this Centrifugo's address?", verdict=200)
         if len(replies) != commands:
-            return Outage(f"{len(replies)} replies to {commands} commands")
+            return Outage(f"{len(replies)} replies to {commands} commands", verdict=200)
         return replies
 
 
@@ -196,12 +198,18 @@ _STATUS_HINTS: Final = {
 }
 
 
+_CUT: Final = 1
+# Statuses that speak of the key, the address, or the time.
+_NOT_THE_REQUEST: Final = frozenset({401, 404, 405, 407, 408, 421, 425, 429, 503, 504})
+
+
 def _status_outage(response: httpx.Response) -> Outage:
     status = response.status_code
     if response.has_redirect_location:
         return Outage(f"HTTP {status}: a redirect, not followed because the API key would follow it")
     hint = _STATUS_HINTS.get(status)
-    return Outage(f"HTTP {status}: {hint}" if hint else f"HTTP {status}", retry_after=_retry_after(response))
+    verdict = 0 if status in _NOT_THE_REQUEST else status
+    return Outage(f"HTTP {status}: {hint}" if hint else f"HTTP {status}", _retry_after(response), verdict)
 
 
 def _retry_after(response: httpx.Response) -> float | None:

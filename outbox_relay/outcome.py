@@ -57,7 +57,10 @@ class Event(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """Centrifugo's error for one channel of one event; codes in its `apiproto/errors.go`."""
+    """Centrifugo's error for one channel of one event; codes in its `apiproto/errors.go`.
+
+    Where a request with this event alone failed whole, `code` is minus the `verdict` of its `Outage`.
+    """
 
     channel: str
     code: int
@@ -79,11 +82,14 @@ ACCEPTED: Final = Reply(())
 class Outage:
     """A request that failed whole: no event's fault until something else is accepted.
 
-    `retry_after` is Centrifugo's or a proxy's own wish, in seconds.
+    `retry_after` is Centrifugo's or a proxy's own wish, in seconds. `verdict` is the HTTP status that may be the
+    request's own fault, or 1 where the connection was cut after it was sent; else 0, as for a time-out: a frozen
+    Redis shard behind Centrifugo looks just so, for ever.
     """
 
     reason: str
     retry_after: float | None = None
+    verdict: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +157,8 @@ class Settlement(NamedTuple):
 PERMANENT: Final = frozenset({104, 107})
 # "Internal": a broker failure, or anything at all. It says nothing about the event, so it never kills one.
 INTERNAL: Final = 100
-# None of Centrifugo's codes: the request failed whole, with this event alone in it.
-WHOLE_REQUEST: Final = 0
+# None of Centrifugo's codes: the request failed whole, with this event alone in it, and that says nothing about it.
+UNANSWERED: Final = 0
 
 
 def namespace(channel: str) -> str:
@@ -186,13 +192,13 @@ def decide(
     """
     codes = {refusal.code for refusal in reply.refusals}
     first = reply.refusals[0]
-    alone = WHOLE_REQUEST in codes
+    alone = first.code <= UNANSWERED
     refused = f"Centrifugo refused channel {first.channel!r} with {first.code}: {first.message}"
     error = (f"sent alone, its request failed: {first.message}" if alone else refused)[:1000]
-    if hold is None:
+    if hold is None or not hold.tries:
         tries, attempts, age = 1, 0, 0.0
     else:
-        blamed = INTERNAL not in codes and others_accepted_at > hold.refused_at
+        blamed = not codes & {INTERNAL, UNANSWERED} and others_accepted_at > hold.refused_at
         tries, attempts, age = hold.tries + 1, hold.attempts + blamed, now - hold.first_refused_at
         hopeless = bool(codes & PERMANENT) or (attempts >= policy.max_attempts and age >= policy.min_age)
         if blamed and hopeless:
@@ -240,9 +246,9 @@ class _Group:
 class Suspects:
     """Events of requests that failed whole, kept apart from all others until it is known who is guilty.
 
-    A group is a request of its own. One that fails again although something was accepted since is halved; one
-    that passes is cleared. So a real outage splits nothing, and one bad event is found among 1,000 in about 20
-    requests, while all others go on. At most `limit` ids are remembered, the newest.
+    A group is a request of its own, and halved each time it fails: one bad event is found among 1,000 in about 20
+    requests, while all others go on. An outage halves too, one request a try, and blames nobody: when it is over all
+    of them pass. At most `limit` ids are remembered, the newest.
     """
 
     def __init__(self, limit: int = 10_000) -> None:
@@ -257,23 +263,19 @@ class Suspects:
         if not self._group_of and not alone:
             return events, []
         free: list[Event] = []
-        requests: dict[_Group | int, list[Event]] = {}
+        requests: dict[_Group, list[Event]] = {}
         behind: set[tuple[str, str]] = set()
         for event in events:
             if event.aggregate in behind:
                 continue
-            group = event.id if event.id in alone else self._group_of.get(event.id)
+            group = _Group(0.0) if event.id in alone else self._group_of.get(event.id)
             if group is None:
                 free.append(event)
             else:
                 requests.setdefault(group, []).append(event)
                 behind.add(event.aggregate)
         # The one that failed longest ago first, so that a bad one does not keep its fellows from being tried.
-        return free, sorted(requests.values(), key=lambda request: self._failed_at(request[0]))
-
-    def _failed_at(self, event: Event) -> float:
-        group = self._group_of.get(event.id)
-        return group.failed_at if group is not None else 0.0
+        return free, [requests[group] for group in sorted(requests, key=lambda group: group.failed_at)]
 
     def failed(self, events: Sequence[Event], now: float, accepted_at: float) -> bool:
         """Note that a request failed whole. Returns whether that is the fault of the one event in it.
@@ -281,11 +283,10 @@ class Suspects:
         `accepted_at` is when the last request was sent in which anything was accepted.
         """
         known = self._group_of.get(events[0].id)
-        others_pass = known is not None and accepted_at > known.failed_at
-        if others_pass and len(events) == 1:
+        if len(events) == 1 and known is not None and accepted_at > known.failed_at:
             self.answered(events)
             return True
-        middle = (len(events) + 1) // 2 if known is None or others_pass else len(events)
+        middle = (len(events) + 1) // 2
         for half in (events[:middle], events[middle:]):
             group = _Group(now)
             for event in half:

@@ -20,7 +20,7 @@ from outbox_relay.log import get_logger
 from outbox_relay.outcome import (
     ACCEPTED,
     INTERNAL,
-    WHOLE_REQUEST,
+    UNANSWERED,
     Dead,
     Event,
     Held,
@@ -178,7 +178,7 @@ class Sent:
     def sound(self) -> bool:
         """Whether Centrifugo did its work: it accepted something, or refused an event for the event's own sake."""
         codes = {refusal.code for _, reply in self.refused for refusal in reply.refusals}
-        return self.anything_accepted or bool(codes - {INTERNAL, WHOLE_REQUEST})
+        return self.anything_accepted or any(code > UNANSWERED and code != INTERNAL for code in codes)
 
 
 class Worker:
@@ -262,7 +262,7 @@ class Worker:
             if outage is None:
                 continue
             if events[0].id in alone or self._shared.failed(events, clock):
-                refusals = (Refusal(channel, WHOLE_REQUEST, outage.reason) for channel in events[0].unsent)
+                refusals = (Refusal(channel, -outage.verdict, outage.reason) for channel in events[0].unsent)
                 sent.refused.append((events[0], Reply(tuple(refusals))))
             elif number < len(full) or not sent.anything_accepted:
                 sent.outage = outage
@@ -282,11 +282,12 @@ class Worker:
         for event, reply in zip(events, replies, strict=True):
             if reply is ACCEPTED:
                 sent.delivered.append(event)
-                accepted.update(event.channels)
+                accepted.update(event.unsent if event.accepted else event.channels)
             else:
+                # What its other channels accept proves that Centrifugo works, but nothing against this event.
                 sent.refused.append((event, reply))
                 sent.behind.add(event.aggregate)
-                accepted.update(reply.accepted)
+                sent.anything_accepted |= bool(reply.accepted)
         sent.anything_accepted |= bool(accepted)
         self._shared.answered(events, accepted, sent_at)
         return None

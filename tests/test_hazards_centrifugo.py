@@ -92,7 +92,6 @@ def in_turn(*requests: Sequence[bytes]) -> Fault:
     return lambda exchange: exchange.answer(200, b'{"replies":[%b]}' % b",".join(next(left)))
 
 
-@pytest.mark.xfail(reason="what a refused event's other channels accept counts as another's acceptance")
 def test_hazard_28_a_channel_of_the_events_own_is_no_evidence(
     connect: Connect, database_url: str, gateway: Gateway, centrifugo: Centrifugo
 ) -> None:
@@ -107,7 +106,6 @@ def test_hazard_28_a_channel_of_the_events_own_is_no_evidence(
         assert [hold.attempts for hold in steps.holds] == [0]
 
 
-@pytest.mark.xfail(reason="an accepted event counts for all its channels, also those that it was not sent to this time")
 def test_hazard_28_a_channel_that_accepted_earlier_is_no_evidence(
     connect: Connect, database_url: str, gateway: Gateway, centrifugo: Centrifugo
 ) -> None:

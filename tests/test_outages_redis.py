@@ -140,10 +140,7 @@ def test_redis_frozen(
     [
         "killed",
         "frozen, known to Centrifugo first",
-        pytest.param(
-            "frozen, known to the relay first",
-            marks=pytest.mark.xfail(reason="an event whose requests time out alone is blamed like one that is refused"),
-        ),
+        "frozen, known to the relay first",
     ],
 )
 def test_one_shard_of_two_is_down(

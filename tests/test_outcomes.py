@@ -403,9 +403,6 @@ def test_an_event_of_several_channels(
         )
 
 
-@pytest.mark.xfail(
-    reason="a head that was never refused itself is judged as if its aggregate's hold were a refusal of its own"
-)
 def test_a_first_refusal_never_counts(
     connect: Connect, database_url: str, particular: Centrifugo, window: Gateway
 ) -> None:

@@ -181,7 +181,6 @@ def test_hazard_45_dead_needs_attempts_and_time(
         assert set(steps.states("0")) == {"delivered"}
 
 
-@pytest.mark.xfail(reason="while nothing is accepted, a group of suspects is tried as a whole, guilty ones included")
 def test_a_few_innocent_events_are_not_stopped_by_a_few_guilty_ones(
     connect: Connect, database_url: str, gateway: Gateway, centrifugo: Centrifugo, channel: str
 ) -> None:

@@ -14,10 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import cast
 
 import hypothesis.strategies as st
-import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -491,6 +490,4 @@ RelayUnderWeather.TestCase.settings = settings(
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.too_slow],
 )
-test_a_relay_under_weather: Any = pytest.mark.xfail(
-    strict=False, reason="evidence that is none: see the other expected failures"
-)(RelayUnderWeather.TestCase)
+TestRelayUnderWeather = RelayUnderWeather.TestCase
