@@ -353,6 +353,8 @@ def test_a_command_that_is_refused(
         write(connection, "guilty", 2, "objects:guilty")
         if others == "in the same request":
             write(connection, "neighbour", 1, "objects:neighbour")
+        if others.startswith("later"):
+            write(connection, "company", 1, "plain:company")  # else 100 is an outage
         steps.step()
         if others.startswith("later"):
             write(connection, "neighbour", 1, "objects:neighbour" if others.endswith("its namespace") else "hist:other")

@@ -231,6 +231,7 @@ class Request:
     events: Sequence[Event]
     refused: Mapping[int, Mapping[str, int]]
     failed: bool = False
+    verdict: int = 0
 
     @cached_property
     def accepted(self) -> Sequence[tuple[Event, str]]:
@@ -267,8 +268,9 @@ class Weather:
             for event, reply in zip(events, replies, strict=True)
             if reply is not ACCEPTED
         }
-        self.log.append(Request(sent_at, self._memory.now, events, {} if broken else refused, broken))
-        return Outage("the weather") if broken else replies
+        verdict = 0 if self.sky.down else 403
+        self.log.append(Request(sent_at, self._memory.now, events, {} if broken else refused, broken, verdict))
+        return Outage("the weather", verdict=verdict) if broken else replies
 
     def _reply(self, event: Event) -> Reply:
         self.change_after -= 1
@@ -302,25 +304,25 @@ class Weather:
         found: list[tuple[float, frozenset[int]]] = []
         for request in self.log:
             if request.failed and [event.id for event in request.events] == [id_]:
-                found.append((request.answered_at, frozenset({0})))
+                found.append((request.answered_at, frozenset({request.verdict})))
             elif id_ in request.refused:
                 found.append((request.answered_at, frozenset(request.refused[id_].values())))
         return found
 
     def evidence(self, event: Event) -> int:
-        """After how many of its refusals but the last another aggregate was accepted in a namespace of its, before
-        what came of the next refusal was settled: that is, before the one after that."""
-        times = [answered_at for answered_at, _ in self.blamable(event.id)]
+        """After how many of its refusals another aggregate was accepted in a namespace of its, before what came of
+        the next refusal was settled: that is, before the one after that. The next one must speak of the event."""
+        refusals = self.blamable(event.id)
+        times = [answered_at for answered_at, _ in refusals]
+        speaks = [not codes & {INTERNAL, 0} for _, codes in refusals]
         mine = set(map(namespace, event.channels))
         others = [
             request.sent_at
             for request in self.log
             if any(other.aggregate != event.aggregate and namespace(c) in mine for other, c in request.accepted)
         ]
-        return sum(
-            any(begin < at < end for at in others)
-            for begin, end in zip(times[:-1], [*times[2:], math.inf], strict=False)
-        )
+        turns = zip(times[:-1], [*times[2:], math.inf], speaks[1:], strict=False)
+        return sum(speaking and any(begin < at < end for at in others) for begin, end, speaking in turns)
 
 
 skies = st.builds(
@@ -414,7 +416,7 @@ class RelayUnderWeather(RuleBasedStateMachine):
             self.dead.add(row.event.id)
             refusals, evidence = self.weather.blamable(row.event.id), self.weather.evidence(row.event)
             (first, _), (last, codes) = refusals[0], refusals[-1]
-            assert INTERNAL not in codes
+            assert not codes & {INTERNAL, 0}
             assert evidence >= (1 if codes & PERMANENT else POLICY.max_attempts)
             assert codes & PERMANENT or last - first >= POLICY.min_age - 1
 
