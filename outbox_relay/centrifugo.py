@@ -76,7 +76,9 @@ class Centrifugo:
             return answer
         try:
             replies = [
-                ACCEPTED if "publish" in reply and "error" not in reply else _reply(event, reply)
+                ACCEPTED
+                if len(event.channels) == 1 and type(reply.get("publish")) is dict and "error" not in reply
+                else _reply(event, reply)
                 for event, reply in zip(sent, answer, strict=True)
             ]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -161,9 +163,10 @@ def _reply(event: Event, reply: Any) -> Reply:
     error = reply.get("error")
     if error is not None:
         return Reply(tuple(_refusal(channel, error) for channel in channels))
-    responses = list(zip(channels, reply["broadcast"]["responses"], strict=True))
-    refusals = tuple(_refusal(channel, r["error"]) for channel, r in responses if "error" in r)
-    return Reply(refusals, tuple(channel for channel, r in responses if "error" not in r)) if refusals else ACCEPTED
+    responses = reply["broadcast"]["responses"] if len(channels) > 1 else [reply["publish"]]
+    errors = [(channel, response.get("error")) for channel, response in zip(channels, responses, strict=True)]
+    refusals = tuple(_refusal(channel, error) for channel, error in errors if error is not None)
+    return Reply(refusals, tuple(channel for channel, error in errors if error is None)) if refusals else ACCEPTED
 
 
 def _refusal(channel: str, error: Mapping[str, Any]) -> Refusal:

@@ -36,6 +36,7 @@ from outbox_relay.outcome import (
     namespace,
 )
 from outbox_relay.store import Batch, Clock, Store
+from outbox_relay.upkeep import Chores
 
 log = get_logger()
 
@@ -45,9 +46,6 @@ PROBE_LANES: Final = 4
 OTHERS_WAIT: Final = 0.02
 SIGN_OF_LIFE_EVERY: Final = 1.0
 RETRY_AFTER_MAX: Final = 60.0
-PRUNE_EVERY: Final = 1.0
-# Rows that were too young, or not ended, when the pruning passed them.
-PRUNE_FROM_START_EVERY: Final = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,29 +383,6 @@ class Shared:
             return self.suspects.failed(events, clock.now(), max(self.accepted_at.values(), default=0.0))
 
 
-class Chores:
-    """What one worker of a relay does now and then beside its batches."""
-
-    def __init__(self, options: Options) -> None:
-        self._options = options
-        self._watched_at = self._pruned_at = self._started_over_at = boottime()
-        self._pruned_to = 0
-
-    def do(self, store: Store) -> None:
-        """Do what is due. Raises `DatabaseUnavailableError`."""
-        now = boottime()
-        if now - self._watched_at >= store.session_timeout / 2:
-            self._watched_at = now
-            if ended := store.end_stuck_sessions():
-                log.warning("ended sessions of relays that no longer read", sessions=ended)
-        if now - self._pruned_at >= PRUNE_EVERY:
-            self._pruned_at = now
-            if now - self._started_over_at >= PRUNE_FROM_START_EVERY:
-                self._started_over_at, self._pruned_to = now, 0
-            pruned = store.prune(self._pruned_to, keep=self._options.keep, keep_dead=self._options.keep_dead)
-            self._pruned_to = pruned.last_id or self._pruned_to
-
-
 class Relay:
     """Workers in threads of their own. `run` blocks; as a context manager the relay runs beside the caller.
 
@@ -495,7 +470,7 @@ class Relay:
         """One worker's life: connect, deliver batches, and after the database was lost connect again."""
         stopping = self._shared.stopping
         progress = self._shared.progress[number]
-        chores = Chores(self._options) if number == 0 else None
+        chores = Chores(self._options.keep, self._options.keep_dead) if number == 0 else None
         failures = 0
 
         def recovered() -> None:

@@ -5,11 +5,18 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from outbox_relay.database import APPLICATION_NAME
+from outbox_relay.log import get_logger
+from outbox_relay.outcome import boottime
 from outbox_relay.session import Session
+
+log = get_logger()
 
 COUNT_LIMIT: Final = 10_000
 LANE_SAMPLE: Final = 12
 PRUNE_CHUNK: Final = 5_000
+PRUNE_EVERY: Final = 1.0
+# Rows that were too young, or not ended, when the pruning passed them.
+PRUNE_FROM_START_EVERY: Final = 3600.0
 
 
 class Pruned(NamedTuple):
@@ -135,3 +142,27 @@ class Upkeep(Session):
         """End relay sessions that hang while sending rows to a frozen relay. Returns how many."""
         ended: int = self.ask(_END_STUCK, application_name=APPLICATION_NAME, age=self.session_timeout)[0]
         return ended
+
+
+class Chores:
+    """What one worker of a relay does now and then beside its batches."""
+
+    def __init__(self, keep: float, keep_dead: float) -> None:
+        self._keep = keep
+        self._keep_dead = keep_dead
+        self._watched_at = self._pruned_at = self._started_over_at = boottime()
+        self._pruned_to = 0
+
+    def do(self, session: Upkeep) -> None:
+        """Do what is due. Raises `DatabaseUnavailableError`."""
+        now = boottime()
+        if now - self._watched_at >= session.session_timeout / 2:
+            self._watched_at = now
+            if ended := session.end_stuck_sessions():
+                log.warning("ended sessions of relays that no longer read", sessions=ended)
+        if now - self._pruned_at >= PRUNE_EVERY:
+            self._pruned_at = now
+            if now - self._started_over_at >= PRUNE_FROM_START_EVERY:
+                self._started_over_at, self._pruned_to = now, 0
+            pruned = session.prune(self._pruned_to, keep=self._keep, keep_dead=self._keep_dead)
+            self._pruned_to = pruned.last_id or self._pruned_to

@@ -12,6 +12,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -143,7 +144,7 @@ def test_a_request_says_what_the_events_say(written: list[tuple[Event, dict[str,
     """One command per event, in order, with these fields and no others (`version` is not one: it gates a channel,
     not an object). Strings survive whatever is in them, and the payload is there byte for byte."""
     body = members(encode_batch([sent for sent, _ in written], parallel=parallel))
-    assert json.loads(body["parallel"]) is parallel
+    assert json.loads(body.get("parallel", b"false")) is parallel
     for (sent, own_tags), command in zip(written, items(body["commands"]), strict=True):
         [(method, request)] = members(command).items()
         fields = members(request)
@@ -324,7 +325,7 @@ def test_a_reply_has_a_limit() -> None:
     """A flood is turned off long before the deadline, and not read into memory."""
     with Gateway("http://nowhere", flood) as gateway:
         answer, seconds = publish_to(gateway.url, [event()], timeout=8.0)
-    assert answer == Outage("the reply is larger than any reply of Centrifugo's")
+    assert answer == Outage("the reply is larger than any reply of Centrifugo's", verdict=200)
     assert seconds < 4.0
 
 
@@ -375,3 +376,16 @@ def test_what_is_no_address(wrong: str) -> None:
     with pytest.raises(ValueError, match="URL") as caught:
         api_url(wrong)
     assert "u:p" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ["publish", ["publish"], {"publish": None}, {"publish": "x"}, {}, {"broadcast": {"responses": [{}]}}, None, 7],
+    ids=str,
+)
+def test_what_is_no_answer_to_a_command_is_no_success(gateway: Gateway, reply: Any) -> None:
+    """A stand-in, because no real Centrifugo answers so: whatever stands in a reply's place, nothing was accepted."""
+    body = json.dumps({"replies": [reply]}).encode()
+    gateway.fault = lambda exchange: exchange.answer(200, body)
+    with closing(Publisher(gateway.url, "key")) as publisher:
+        assert isinstance(publisher.publish([event(channels=["plain:a"])]), Outage)
