@@ -371,7 +371,7 @@ def test_every_verb_says_in_one_line_what_is_missing(cli: Cli, verb: list[str]) 
         (["events", "list", "--older-than", "soon"], "'soon' is no age: give one like 90s, 15m, 2h or 7d"),
         (["events", "list", "--older-than", "9999999d"], "is before all time"),
         (["prune", "--keep", "-1d"], "is no age"),
-        (["events", "show", "nine"], "unable to parse string as an integer"),
+        (["events", "show", "nine"], "Invalid value for 'ID'"),
         (["events", "show"], "Missing argument"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
