@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from io import StringIO
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 EXIT_ONLY_HELD: Final = 3
 EXIT_HARD_STOP: Final = 130
+SIGNAL_PATIENCE: Final = 0.2
 M_MMAP_THRESHOLD: Final = -3
 
 app = typer.Typer(
@@ -292,9 +293,16 @@ def _run_until_signal(relay: Relay, *, until_empty: bool) -> Ended:
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     threading.Thread(target=lambda: notes.put(relay.run(until_empty=until_empty)), daemon=True).start()
-    while (note := notes.get()) is None:
+    while True:
+        try:
+            # Not for ever: Python runs a handler between two bytecodes, so one whose signal came just before the
+            # wait began would run when the wait is over.
+            note = notes.get(timeout=SIGNAL_PATIENCE)
+        except Empty:
+            continue
+        if note is not None:
+            return note
         relay.stop()
-    return note
 
 
 @contextmanager

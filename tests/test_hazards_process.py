@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -218,3 +219,30 @@ def test_hazard_47_a_second_sigterm_stops_hard_and_loses_nothing(
     assert relay.wait() == 130
     assert run_relay() is Ended.EMPTY
     assert violations(committed, map(fact, subscriber.wait_for(1))) == []
+
+
+DEAF = """
+import signal, threading
+from outbox_relay.cli import _run_until_signal
+from outbox_relay.relay import Ended
+
+class Relay:
+    def __init__(self):
+        self.asked = threading.Event()
+
+    def run(self, *, until_empty):
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+        return Ended.STOPPED if self.asked.wait(20) else Ended.HUNG
+
+    def stop(self):
+        self.asked.set()
+
+print(_run_until_signal(Relay(), until_empty=False).name)
+"""
+
+
+def test_hazard_47_a_signal_is_heard_that_did_not_wake_the_main_thread() -> None:
+    """One that another thread takes, as here, or that comes just before the main thread begins to wait. The relay is
+    a stand-in, because nothing else sends the signal at that very moment."""
+    ended = subprocess.run([sys.executable, "-c", DEAF], capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout == "STOPPED\n"
