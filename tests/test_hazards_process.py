@@ -231,6 +231,7 @@ class Relay:
         self.asked = threading.Event()
 
     def run(self, *, until_empty):
+        threading.Event().wait(0.5)  # nothing tells when the main thread has begun to wait
         signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
         return Ended.STOPPED if self.asked.wait(20) else Ended.HUNG
 
