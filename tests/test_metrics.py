@@ -109,6 +109,7 @@ def test_deliveries_and_requests_are_counted(
     with watched(database_url, centrifugo, quick) as site:
         wait_until(lambda: site.value("events_total", outcome="delivered") == 50, "all are counted as delivered")
         wait_until(lambda: site.value("pending") == 0, "nothing waits any more")
+        wait_until(lambda: site.value("ready") == 1, "the other worker has its session too")
         samples = {(s.name.removeprefix("outbox_relay_"), *s.labels.values()): s.value for s in site.scrape()}
     assert samples["events_total", "held"] == samples["events_total", "dead"] == 0
     assert samples["lag_seconds_count",] == samples["lag_seconds_bucket", "+Inf"] == 50
