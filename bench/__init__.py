@@ -1,0 +1,1 @@
+"""The benchmark: outbox-relay beside its rivals, in one run on one machine. `make bench` runs it."""

@@ -1,0 +1,265 @@
+"""An independent subscriber that costs next to nothing: it keeps the bytes of its WebSocket and reads them afterwards.
+
+`python -m bench.witness` is a process of its own. A Python client that decodes each message would be the slowest part
+of the run; this one calls recv. All sides have the same witness, so all pay the same for being watched.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, Final, NamedTuple, Self
+from urllib.parse import urlsplit
+
+import orjson
+
+from bench.harness import WrongRunError
+
+_MARK: Final = b'"push":{"channel"'
+_PONG_EVERY: Final = 10.0
+
+
+class Seen(NamedTuple):
+    """What a witness saw. Times are of `time.monotonic()`, which all processes of a machine share."""
+
+    first_at: float
+    last_at: float
+    received: int
+    """Publications, duplicates included."""
+    first_burst: int
+    """How many of them came with the first bytes."""
+    duplicates: int
+    lost: int
+    inverted: int
+    lags: list[float]
+    """Seconds from `sent_at` in the payload to the arrival, where it has one."""
+
+    @property
+    def rate(self) -> float:
+        """Publications per second between the first and the last one: what came before is start-up."""
+        return (self.received - self.first_burst) / (self.last_at - self.first_at)
+
+
+class Witness:
+    """Subscribes from the start of the `with` block; `wait` returns what was seen of `events` publications.
+
+    Per aggregate versions must come as 1, 2, 3, …, `versions` of each where all are known; the process checks that.
+    """
+
+    def __init__(self, ws_url: str, channels: Sequence[str], events: int, *, seconds: float = 120.0) -> None:
+        self._seconds = seconds
+        request = {"ws_url": ws_url, "channels": list(channels), "events": events, "seconds": seconds}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bench.witness"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        self._process.stdin.flush()
+        self.pid = self._process.pid
+
+    def __enter__(self) -> Self:
+        if self._line() != {"subscribed": True}:
+            raise WrongRunError("the witness could not subscribe")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+    def finished(self) -> None:
+        """Wait until all publications have arrived, or time is up: the moment to look at other clocks."""
+        if "arrived" not in self._line():
+            raise WrongRunError("the witness ended early")
+
+    def wait(self, *, strict: bool = True, arrived: bool = False) -> Seen:
+        """Wait for all publications and check them. Raises WrongRunError where one is lost, or out of order.
+
+        Without `strict` the order is only counted: a side that promises none is not wrong.
+        """
+        if not arrived:
+            self.finished()
+        seen = Seen(**self._line())
+        if seen.lost or (strict and seen.inverted):
+            raise WrongRunError(f"{seen.lost} lost, {seen.inverted} out of order, {seen.duplicates} duplicates")
+        return seen
+
+    def _line(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        readable, _, _ = select.select([self._process.stdout], [], [], self._seconds + 60)
+        line = self._process.stdout.readline() if readable else b""
+        if not line:
+            raise WrongRunError("the witness has nothing to say")
+        said: dict[str, Any] = json.loads(line)
+        return said
+
+
+def _main() -> None:
+    request = json.loads(sys.stdin.readline())
+    connection = _connect(request["ws_url"])
+    rest = _subscribe(connection, request["channels"])
+    _say({"subscribed": True})
+    chunks = _receive(connection, request["events"], request["seconds"], rest)
+    _say({"arrived": True})
+    _say(_judge(chunks, request["events"])._asdict())
+
+
+def _say(what: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(what) + "\n")
+    sys.stdout.flush()
+
+
+def _connect(ws_url: str) -> socket.socket:
+    url = urlsplit(ws_url)
+    connection = socket.create_connection((url.hostname or "", url.port or 80), 10)
+    key = base64.b64encode(os.urandom(16)).decode()
+    connection.sendall(
+        f"GET {url.path} HTTP/1.1\r\nHost: {url.netloc}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+    )
+    answer = b""
+    while not answer.endswith(b"\r\n\r\n"):
+        answer += connection.recv(1)
+    if b" 101 " not in answer.split(b"\r\n", 1)[0]:
+        raise WrongRunError(answer.decode(errors="replace"))
+    return connection
+
+
+def _send(connection: socket.socket, text: bytes) -> None:
+    """One masked text frame; a mask of zeros is a mask."""
+    size = len(text)
+    head = bytes([0x81, 0x80 | size]) if size < 126 else bytes([0x81, 0xFE]) + size.to_bytes(2, "big")
+    connection.sendall(head + bytes(4) + text)
+
+
+def _subscribe(connection: socket.socket, channels: Sequence[str]) -> bytes:
+    """Connect and subscribe; returns the bytes that came after the last answer."""
+    _send(connection, b'{"id":1,"connect":{}}')
+    for number, channel in enumerate(channels, 2):
+        _send(connection, orjson.dumps({"id": number, "subscribe": {"channel": channel}}))
+    waiting = set(range(1, len(channels) + 2))
+    data = b""
+    while waiting:
+        data += connection.recv(1 << 16)
+        messages, data = _frames(data)
+        for message in messages:
+            if "error" in message:
+                raise WrongRunError(f"cannot subscribe: {message}")
+            waiting.discard(message.get("id", 0))
+    return data
+
+
+Chunk = tuple[float, bytes]
+
+
+def _receive(connection: socket.socket, events: int, seconds: float, rest: bytes) -> list[Chunk]:
+    """Bytes with their times of arrival, until `events` publications are among them."""
+    started = pong_at = time.monotonic()
+    chunks: list[Chunk] = [(started, rest)] if rest else []
+    received = rest.count(_MARK)
+    tail = rest[-len(_MARK) + 1 :]
+    connection.settimeout(0.5)
+    while received < events and time.monotonic() - started < seconds:
+        if time.monotonic() - pong_at > _PONG_EVERY:
+            pong_at = time.monotonic()
+            _send(connection, b"{}")
+        try:
+            data = connection.recv(1 << 20)
+        except TimeoutError:
+            continue
+        if not data:
+            break
+        arrived_at = time.monotonic()
+        chunks.append((arrived_at, data))
+        # A mark that two chunks share is counted with the second.
+        received += (tail + data).count(_MARK)
+        tail = data[-len(_MARK) + 1 :]
+    return chunks
+
+
+def _frames(data: bytes) -> tuple[list[dict[str, Any]], bytes]:
+    """The JSON messages of all whole frames, and what is left."""
+    messages: list[dict[str, Any]] = []
+    at = 0
+    while (found := _frame(data, at)) is not None:
+        payload, at = found
+        messages += [orjson.loads(line) for line in payload.split(b"\n") if line]
+    return messages, data[at:]
+
+
+def _frame(data: bytes, at: int) -> tuple[bytes, int] | None:
+    """One unmasked frame that starts at `at`, and where the next one does; None where it is not all there."""
+    if len(data) < at + 2:
+        return None
+    size, start = data[at + 1] & 0x7F, at + 2
+    if size >= 126:
+        width = 2 if size == 126 else 8
+        size, start = int.from_bytes(data[start : start + width], "big"), start + width
+    return (data[start : start + size], start + size) if len(data) >= start + size else None
+
+
+def _publications(chunks: Sequence[Chunk]) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Every publication with the time at which its last byte was here."""
+    data = b"".join(chunk for _, chunk in chunks)
+    ends: list[tuple[int, float]] = []
+    end = 0
+    for at, chunk in chunks:
+        end += len(chunk)
+        ends.append((end, at))
+    at, position = 0, 0
+    while (found := _frame(data, at)) is not None:
+        payload, at = found
+        while ends[position][0] < at:
+            position += 1
+        for line in payload.split(b"\n"):
+            push = orjson.loads(line).get("push") if line else None
+            if push and "pub" in push:
+                yield ends[position][1], push["pub"]
+
+
+def _judge(chunks: Sequence[Chunk], events: int) -> Seen:
+    """Count what is lost, doubled or out of order: versions of an aggregate are 1, 2, 3, …"""
+    newest: dict[str, int] = {}
+    seen: set[tuple[str, int]] = set()
+    duplicates = inverted = 0
+    times: list[float] = []
+    lags: list[float] = []
+    for at, publication in _publications(chunks):
+        times.append(at)
+        tags = publication["tags"]
+        name, version = tags["ob_id"], int(tags["ob_version"])
+        if (name, version) in seen:
+            duplicates += 1
+            continue
+        seen.add((name, version))
+        inverted += version != newest.get(name, 0) + 1
+        newest[name] = max(version, newest.get(name, 0))
+        if isinstance(publication["data"], dict) and "sent_at" in publication["data"]:
+            lags.append(at - publication["data"]["sent_at"])
+    first = times[0] if times else 0.0
+    return Seen(
+        first_at=first,
+        last_at=times[-1] if times else 0.0,
+        received=len(times),
+        first_burst=sum(at == first for at in times),
+        duplicates=duplicates,
+        lost=max(0, events - len(seen)),
+        inverted=inverted,
+        lags=lags,
+    )
+
+
+if __name__ == "__main__":
+    _main()
