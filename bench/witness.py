@@ -190,24 +190,35 @@ def _receive(connection: socket.socket, events: int, seconds: float, rest: bytes
 
 
 def _frames(data: bytes) -> tuple[list[dict[str, Any]], bytes]:
-    """The JSON messages of all whole frames, and what is left."""
+    """The JSON replies and pushes of all whole messages, and what is left."""
     messages: list[dict[str, Any]] = []
     at = 0
-    while (found := _frame(data, at)) is not None:
+    while (found := _message(data, at)) is not None:
         payload, at = found
         messages += [orjson.loads(line) for line in payload.split(b"\n") if line]
     return messages, data[at:]
 
 
-def _frame(data: bytes, at: int) -> tuple[bytes, int] | None:
-    """One unmasked frame that starts at `at`, and where the next one does; None where it is not all there."""
-    if len(data) < at + 2:
-        return None
-    size, start = data[at + 1] & 0x7F, at + 2
-    if size >= 126:
-        width = 2 if size == 126 else 8
-        size, start = int.from_bytes(data[start : start + width], "big"), start + width
-    return (data[start : start + size], start + size) if len(data) >= start + size else None
+def _message(data: bytes, at: int) -> tuple[bytes, int] | None:
+    """One unmasked message that starts at `at`, its fragments joined, and where the next one starts.
+
+    None where it is not all there.
+    """
+    fragments: list[bytes] = []
+    final = False
+    while not final:
+        if len(data) < at + 2:
+            return None
+        final = bool(data[at] & 0x80)
+        size, start = data[at + 1] & 0x7F, at + 2
+        if size >= 126:
+            width = 2 if size == 126 else 8
+            size, start = int.from_bytes(data[start : start + width], "big"), start + width
+        at = start + size
+        if len(data) < at:
+            return None
+        fragments.append(data[start:at])
+    return b"".join(fragments), at
 
 
 def _publications(chunks: Sequence[Chunk]) -> Iterator[tuple[float, dict[str, Any]]]:
@@ -219,7 +230,7 @@ def _publications(chunks: Sequence[Chunk]) -> Iterator[tuple[float, dict[str, An
         end += len(chunk)
         ends.append((end, at))
     at, position = 0, 0
-    while (found := _frame(data, at)) is not None:
+    while (found := _message(data, at)) is not None:
         payload, at = found
         while ends[position][0] < at:
             position += 1
