@@ -22,12 +22,12 @@ _SOURCE: Final = f"""
            %(namespace)s || ':' || (n %% %(aggregates)s %% {CHANNELS}) AS channel
     FROM generate_series(0, %(events)s - 1) AS n
 """
-# `{"n":12,"text":"…"}`, padded to PAYLOAD_BYTES.
-_PAYLOAD: Final = f"""('{{"n":' || n || ',"text":"' || repeat('x', {PAYLOAD_BYTES} - 15 - length(n::text)) || '"}}')"""
+PAYLOAD: Final = f"""('{{"n":' || n || ',"text":"' || repeat('x', {PAYLOAD_BYTES} - 15 - length(n::text)) || '"}}')"""
+"""SQL of `{"n":12,"text":"…"}`, padded to PAYLOAD_BYTES."""
 
 _OURS: Final = f"""
 INSERT INTO outbox (aggregate_type, aggregate_id, version, channels, payload)
-SELECT 'order', aggregate::text, version, ARRAY[channel], {_PAYLOAD}::json FROM ({_SOURCE}) AS s ORDER BY n
+SELECT 'order', aggregate::text, version, ARRAY[channel], {PAYLOAD}::json FROM ({_SOURCE}) AS s ORDER BY n
 """
 
 CENTRIFUGO_DDL: Final = """
@@ -46,7 +46,7 @@ CENTRIFUGO_INDEX: Final = "CREATE INDEX centrifugo_outbox_partition ON centrifug
 
 # What the relay publishes for the same event, as a request of Centrifugo's API.
 _PUBLISH: Final = f"""
-json_build_object('channel', channel, 'data', {_PAYLOAD}::json, 'idempotency_key', event_id || ':' || n,
+json_build_object('channel', channel, 'data', {PAYLOAD}::json, 'idempotency_key', event_id || ':' || n,
     'tags', json_build_object('ob', '1', 'ob_type', 'order', 'ob_id', aggregate::text, 'ob_version', version::text,
                               'ob_event', event_id, 'ob_kind', 'change'))
 """

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from bench.harness import WrongRunError
+from outbox_relay.embedded._process import Process
 from outbox_relay.embedded.centrifugo import Centrifugo
+from tests.support.redis import Redis
 
+START_SECONDS = 20
 STOP_SECONDS = 20
 
 
@@ -71,3 +79,114 @@ class OurRelay:
         return subprocess.Popen(
             [sys.executable, "-m", "outbox_relay", "run"], env=self._environment, stdin=subprocess.DEVNULL
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Consumer:
+    """Centrifugo's own PostgreSQL consumer, from start to end of the Centrifugo that has it in its configuration."""
+
+    partitions: int = 1
+    rows: int = 100
+    """Selected at once, of one partition."""
+    index: bool = False
+    """Whether its table has one on (partition, id)."""
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What it is given, in its own words."""
+        return {"num_partitions": self.partitions, "partition_select_limit": self.rows, "partition_index": self.index}
+
+    def config(self, database_url: str, **more: object) -> Mapping[str, object]:
+        """An element of Centrifugo's `consumers`. `more` are other keys of its `postgresql`."""
+        return {
+            "name": "outbox",
+            "enabled": True,
+            "type": "postgresql",
+            "postgresql": {
+                # A session for each partition; its pool is smaller where it is not told.
+                "dsn": f"{database_url}?pool_max_conns={self.partitions + 1}",
+                "outbox_table_name": "centrifugo_outbox",
+                "num_partitions": self.partitions,
+                "partition_select_limit": self.rows,
+                **more,
+            },
+        }
+
+
+CONSUMERS: Final[Mapping[str, Consumer]] = {
+    "centrifugo-default": Consumer(),
+    "centrifugo-8": Consumer(partitions=8, rows=1_000, index=True),
+    "centrifugo-64": Consumer(partitions=64, rows=1_000, index=True),
+}
+
+
+class Benthos:
+    """Benthos from a Redis list to Centrifugo's API, from the start of the `with` block to its end.
+
+    `queue` is a Redis of its own. Of `in_flight` requests at once, more than one lose the order.
+    """
+
+    _KEY: Final = "outbox"
+    _FILLING: Final = "filling"
+
+    def __init__(self, binary: Path, queue: Redis, server: Centrifugo, *, in_flight: int) -> None:
+        self._binary = binary
+        self._queue = queue
+        self._folder = tempfile.TemporaryDirectory(prefix="outbox-relay-benthos-")
+        self._config = {
+            "http": {"enabled": False},
+            "logger": {"level": "INFO"},
+            "metrics": {"none": {}},
+            "input": {"redis_list": {"url": queue.url, "key": self._KEY}},
+            "output": {
+                "http_client": {
+                    "url": f"{server.api_url}/publish",
+                    "verb": "POST",
+                    "headers": {"Content-Type": "application/json", "X-API-Key": server.api_key},
+                    "max_in_flight": in_flight,
+                }
+            },
+        }
+        self._process: Process | None = None
+
+    def __enter__(self) -> Self:
+        folder = Path(self._folder.name)
+        config, log = folder / "config.json", folder / "log"
+        config.touch(mode=0o600)
+        config.write_text(json.dumps(self._config))
+        self._process = Process((self._binary, "-c", config), log=log, cwd=folder, env=os.environ, remove=folder)
+
+        def connected() -> bool:
+            said = log.read_text()
+            return "Input type redis_list is now active" in said and "Output type http_client is now active" in said
+
+        self._process.wait_until(connected, START_SECONDS, "Benthos")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process is not None:
+            # Asked to stop, it would wait for the end of its BLPOP.
+            self._process.stop(signal.SIGKILL, STOP_SECONDS)
+        self._folder.cleanup()
+
+    @property
+    def pid(self) -> int:
+        if self._process is None:
+            raise RuntimeError("Benthos was never started")
+        return self._process.pid
+
+    def prepare(self, requests: Sequence[str]) -> None:
+        """Fill its list out of its sight, with bodies of `/api/publish`."""
+        words = [b"RPUSH", self._FILLING.encode(), *(request.encode() for request in requests)]
+        command = b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words)
+        with socket.create_connection(("127.0.0.1", self._queue.port), START_SECONDS) as connection:
+            connection.sendall(command)
+            answer = connection.makefile("rb").readline()
+        if answer != b":%d\r\n" % len(requests):
+            raise WrongRunError(f"Redis took {answer!r} of {len(requests)} requests")
+
+    def release(self) -> None:
+        """Let it see what was prepared."""
+        self._queue.ask(f"RENAME {self._FILLING} {self._KEY}")

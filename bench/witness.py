@@ -41,6 +41,8 @@ class Seen(NamedTuple):
     inverted: int
     lags: list[float]
     """Seconds from `sent_at` in the payload to the arrival, where it has one."""
+    arrivals: list[float]
+    """When those arrived."""
 
     @property
     def rate(self) -> float:
@@ -51,12 +53,21 @@ class Seen(NamedTuple):
 class Witness:
     """Subscribes from the start of the `with` block; `wait` returns what was seen of `events` publications.
 
-    Per aggregate versions must come as 1, 2, 3, …, `versions` of each where all are known; the process checks that.
+    Per aggregate versions must come as 1, 2, 3, …; the process checks that. `mid_stream`: as n, n + 1, n + 2, …, because
+    others have seen those before. More may be pending than `events`: it leaves when it has seen as many.
     """
 
-    def __init__(self, ws_url: str, channels: Sequence[str], events: int, *, seconds: float = 120.0) -> None:
+    def __init__(
+        self, ws_url: str, channels: Sequence[str], events: int, *, seconds: float = 120.0, mid_stream: bool = False
+    ) -> None:
         self._seconds = seconds
-        request = {"ws_url": ws_url, "channels": list(channels), "events": events, "seconds": seconds}
+        request = {
+            "ws_url": ws_url,
+            "channels": list(channels),
+            "events": events,
+            "seconds": seconds,
+            "mid_stream": mid_stream,
+        }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.witness"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -78,6 +89,12 @@ class Witness:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
+
+    def enough(self, events: int) -> None:
+        """Say that `events` events were all, so that it leaves once nothing more comes, duplicates included."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"%d\n" % events)
+        self._process.stdin.flush()
 
     def finished(self) -> None:
         """Wait until all publications have arrived, or time is up: the moment to look at other clocks."""
@@ -111,9 +128,9 @@ def _main() -> None:
     connection = _connect(request["ws_url"])
     rest = _subscribe(connection, request["channels"])
     _say({"subscribed": True})
-    chunks = _receive(connection, request["events"], request["seconds"], rest)
+    chunks, events = _receive(connection, request["events"], request["seconds"], rest)
     _say({"arrived": True})
-    _say(_judge(chunks, request["events"])._asdict())
+    _say(_judge(chunks, events, mid_stream=request["mid_stream"])._asdict())
 
 
 def _say(what: dict[str, Any]) -> None:
@@ -164,8 +181,8 @@ def _subscribe(connection: socket.socket, channels: Sequence[str]) -> bytes:
 Chunk = tuple[float, bytes]
 
 
-def _receive(connection: socket.socket, events: int, seconds: float, rest: bytes) -> list[Chunk]:
-    """Bytes with their times of arrival, until `events` publications are among them."""
+def _receive(connection: socket.socket, events: int, seconds: float, rest: bytes) -> tuple[list[Chunk], int]:
+    """Bytes with their times of arrival, until `events` publications are among them; and how many there had to be."""
     started = pong_at = time.monotonic()
     chunks: list[Chunk] = [(started, rest)] if rest else []
     received = rest.count(_MARK)
@@ -178,6 +195,8 @@ def _receive(connection: socket.socket, events: int, seconds: float, rest: bytes
         try:
             data = connection.recv(1 << 20)
         except TimeoutError:
+            if select.select([sys.stdin], [], [], 0)[0]:
+                return chunks, int(sys.stdin.readline())
             continue
         if not data:
             break
@@ -186,7 +205,7 @@ def _receive(connection: socket.socket, events: int, seconds: float, rest: bytes
         # A mark that two chunks share is counted with the second.
         received += (tail + data).count(_MARK)
         tail = data[-len(_MARK) + 1 :]
-    return chunks
+    return chunks, events
 
 
 def _frames(data: bytes) -> tuple[list[dict[str, Any]], bytes]:
@@ -240,13 +259,14 @@ def _publications(chunks: Sequence[Chunk]) -> Iterator[tuple[float, dict[str, An
                 yield ends[position][1], push["pub"]
 
 
-def _judge(chunks: Sequence[Chunk], events: int) -> Seen:
-    """Count what is lost, doubled or out of order: versions of an aggregate are 1, 2, 3, …"""
+def _judge(chunks: Sequence[Chunk], events: int, *, mid_stream: bool) -> Seen:
+    """Count what is lost, doubled or out of order: versions of an aggregate are 1, 2, 3, …, or go on from the first."""
     newest: dict[str, int] = {}
     seen: set[tuple[str, int]] = set()
     duplicates = inverted = 0
     times: list[float] = []
     lags: list[float] = []
+    arrivals: list[float] = []
     for at, publication in _publications(chunks):
         times.append(at)
         tags = publication["tags"]
@@ -255,10 +275,11 @@ def _judge(chunks: Sequence[Chunk], events: int) -> Seen:
             duplicates += 1
             continue
         seen.add((name, version))
-        inverted += version != newest.get(name, 0) + 1
+        inverted += version != newest.get(name, version - 1 if mid_stream else 0) + 1
         newest[name] = max(version, newest.get(name, 0))
         if isinstance(publication["data"], dict) and "sent_at" in publication["data"]:
             lags.append(at - publication["data"]["sent_at"])
+            arrivals.append(at)
     first = times[0] if times else 0.0
     return Seen(
         first_at=first,
@@ -269,6 +290,7 @@ def _judge(chunks: Sequence[Chunk], events: int) -> Seen:
         lost=max(0, events - len(seen)),
         inverted=inverted,
         lags=lags,
+        arrivals=arrivals,
     )
 
 
