@@ -1,0 +1,117 @@
+"""One drain by this relay: events committed beforehand, timed from the first publication to the last, with its costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import psycopg
+
+from bench import load, stage
+from bench.delay import DelayProxy
+from bench.harness import Sample, WrongRunError
+from bench.sides import OurRelay
+from bench.witness import Witness
+from outbox_relay.config import Settings
+from outbox_relay.database import APPLICATION_NAME
+from outbox_relay.embedded.postgres import Postgres
+
+START_SECONDS: Final = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drain:
+    """What is drained, and by whom; calling it measures once, in events per second.
+
+    `template` is a database with `events` events. The servers are new each time, because Centrifugo remembers
+    idempotency keys for five minutes. Figures: CPU microseconds per event of each part, and the busy cores of all.
+    """
+
+    postgres: Postgres
+    template: str
+    centrifugo: Path
+    events: int
+    namespace: str = "plain"
+    processes: int = 1
+    round_trip: float = 0.0
+    """Seconds between relay and Centrifugo; 0 is loopback, without the proxy."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of the relay, where they are not as shipped."""
+
+    def __call__(self) -> Sample:
+        with ExitStack() as stack:
+            url = stack.enter_context(stage.database(self.postgres, self.template))
+            server = stack.enter_context(stage.centrifugo(self.centrifugo))
+            witness = stack.enter_context(Witness(server.ws_url, load.channels(self.namespace), self.events))
+            parts = {"postgresql": [self.postgres.pid], "centrifugo": [server.pid], "witness": [witness.pid]}
+            api_url = server.api_url
+            if self.round_trip:
+                proxy = stack.enter_context(DelayProxy(api_url, self.round_trip))
+                parts["proxy"], api_url = [proxy.pid], proxy.url
+            with OurRelay(url, server, self.settings, processes=self.processes, api_url=api_url) as relay:
+                with lanes_locked(url):
+                    wait_for_workers(url, self.processes * self.settings.get("workers", Settings.workers))
+                    costs = Costs({**parts, "relay": relay.pids})
+                witness.finished()
+                figures = costs.per(self.events)
+                seen = witness.wait(arrived=True)
+            check_settled(url)
+        return Sample(seen.rate, {**figures, "duplicates": seen.duplicates})
+
+
+class Costs:
+    """CPU time of processes by part, those below them included, since this was made."""
+
+    def __init__(self, parts: Mapping[str, list[int]]) -> None:
+        self._parts = parts
+        self._before = self._seconds()
+        self._started = time.monotonic()
+
+    def per(self, events: int) -> dict[str, float]:
+        """Figures: microseconds per event of each part as `…_us`, and how many cores all of them kept busy."""
+        elapsed = time.monotonic() - self._started
+        spent = {part: seconds - self._before[part] for part, seconds in self._seconds().items()}
+        figures = {f"{part}_us": seconds / events * 1e6 for part, seconds in spent.items()}
+        return {**figures, "busy_cores": sum(spent.values()) / elapsed}
+
+    def _seconds(self) -> dict[str, float]:
+        return {part: stage.cpu(*pids) for part, pids in self._parts.items()}
+
+
+@contextmanager
+def lanes_locked(url: str) -> Iterator[None]:
+    """Nobody can claim inside the block. Relays that start in it begin together at its end, warmed up."""
+    with psycopg.connect(url) as connection:
+        connection.execute("SELECT FROM outbox_lane FOR UPDATE")
+        yield
+
+
+def wait_for_workers(url: str, count: int) -> None:
+    """Return once `count` workers of relays have asked the database for something."""
+    deadline = time.monotonic() + START_SECONDS
+    with psycopg.connect(url, autocommit=True) as connection:
+        while _workers(connection) < count:
+            if time.monotonic() > deadline:
+                raise WrongRunError(f"fewer than {count} workers have connected")
+            time.sleep(0.01)
+
+
+def _workers(connection: psycopg.Connection[Any]) -> int:
+    rows = connection.execute(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = %s"
+        " AND query <> ''",
+        (APPLICATION_NAME,),
+    ).fetchall()
+    return int(rows[0][0])
+
+
+def check_settled(url: str) -> None:
+    """Raise WrongRunError if an event is left that is not delivered."""
+    with psycopg.connect(url) as connection:
+        [(left,)] = connection.execute("SELECT count(*) FROM outbox WHERE state <> 'delivered'").fetchall()
+    if left:
+        raise WrongRunError(f"{left} events were received and not settled")
