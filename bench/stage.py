@@ -49,9 +49,15 @@ def centrifugo(
 ) -> Centrifugo:
     """A Centrifugo that has not been started: memory engine, or Redis where `redis_url` is given.
 
-    A subscriber's queue may grow to 512 MiB, so that no side is stopped by the witness. `more` are top-level keys.
+    A subscriber's queue may grow to 512 MiB, so that no side is stopped by the witness, which is not pinged either: it
+    would have to look for pings in what it keeps unread. `more` are top-level keys.
     """
-    client = {**DEFAULT_CONFIG["client"], "queue_max_size": 512 * 1024 * 1024, "channel_limit": 20_000}
+    client = {
+        **DEFAULT_CONFIG["client"],
+        "queue_max_size": 512 * 1024 * 1024,
+        "channel_limit": 20_000,
+        "ping_interval": "24h",
+    }
     config: dict[str, Any] = {"client": client, "channel": {"namespaces": list(NAMESPACES)}, **more}
     if redis_url is not None:
         config["engine"] = {"type": "redis", "redis": {"address": redis_url}}

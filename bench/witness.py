@@ -24,7 +24,6 @@ import orjson
 from bench.harness import WrongRunError
 
 _MARK: Final = b'"push":{"channel"'
-_PONG_EVERY: Final = 10.0
 
 
 class Seen(NamedTuple):
@@ -183,15 +182,12 @@ Chunk = tuple[float, bytes]
 
 def _receive(connection: socket.socket, events: int, seconds: float, rest: bytes) -> tuple[list[Chunk], int]:
     """Bytes with their times of arrival, until `events` publications are among them; and how many there had to be."""
-    started = pong_at = time.monotonic()
+    started = time.monotonic()
     chunks: list[Chunk] = [(started, rest)] if rest else []
     received = rest.count(_MARK)
     tail = rest[-len(_MARK) + 1 :]
     connection.settimeout(0.5)
     while received < events and time.monotonic() - started < seconds:
-        if time.monotonic() - pong_at > _PONG_EVERY:
-            pong_at = time.monotonic()
-            _send(connection, b"{}")
         try:
             data = connection.recv(1 << 20)
         except TimeoutError:
