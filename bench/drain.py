@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,9 @@ from bench.sides import OurRelay
 from bench.witness import Witness
 from outbox_relay.config import Settings
 from outbox_relay.database import APPLICATION_NAME
+from outbox_relay.embedded.centrifugo import Centrifugo
 from outbox_relay.embedded.postgres import Postgres
+from tests.support.redis import Redis
 
 START_SECONDS: Final = 30.0
 
@@ -35,6 +37,8 @@ class Drain:
     template: str
     centrifugo: Path
     events: int
+    redis: Redis | None = None
+    """Centrifugo's engine, emptied before each drain; without one it is memory."""
     namespace: str = "plain"
     processes: int = 1
     round_trip: float = 0.0
@@ -45,9 +49,11 @@ class Drain:
     def __call__(self) -> Sample:
         with ExitStack() as stack:
             url = stack.enter_context(stage.database(self.postgres, self.template))
-            server = stack.enter_context(stage.centrifugo(self.centrifugo))
+            server = stack.enter_context(fresh_centrifugo(self.centrifugo, self.redis))
             witness = stack.enter_context(Witness(server.ws_url, load.channels(self.namespace), self.events))
             parts = {"postgresql": [self.postgres.pid], "centrifugo": [server.pid], "witness": [witness.pid]}
+            if self.redis:
+                parts["redis"] = [self.redis.pid]
             api_url = server.api_url
             if self.round_trip:
                 proxy = stack.enter_context(DelayProxy(api_url, self.round_trip))
@@ -61,6 +67,14 @@ class Drain:
                 seen = witness.wait(arrived=True)
             check_settled(url)
         return Sample(seen.rate, {**figures, "duplicates": seen.duplicates})
+
+
+def fresh_centrifugo(binary: Path, redis: Redis | None, consumers: Sequence[Mapping[str, Any]] = ()) -> Centrifugo:
+    """One that knows nothing of earlier runs, not started yet: on memory, or on a Redis that is emptied."""
+    if redis is None:
+        return stage.centrifugo(binary, consumers=list(consumers))
+    redis.ask("FLUSHALL")
+    return stage.centrifugo(binary, redis_url=redis.url, consumers=list(consumers))
 
 
 class Costs:

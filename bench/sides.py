@@ -10,12 +10,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 from bench.harness import WrongRunError
+from outbox_relay.config import Settings
 from outbox_relay.embedded._process import Process
 from outbox_relay.embedded.centrifugo import Centrifugo
 from tests.support.redis import Redis
@@ -81,6 +82,13 @@ class OurRelay:
         )
 
 
+def relay_settings(given: Mapping[str, object] | None = None) -> Mapping[str, object]:
+    """What decides how fast our relay is: as shipped, or as given."""
+    telling = ("workers", "parallel", "lanes", "batch_events", "request_events", "keep", "wake_up")
+    shipped = {setting.name: setting.default for setting in fields(Settings) if setting.name in telling}
+    return {**shipped, **(given or {})}
+
+
 @dataclass(frozen=True, slots=True)
 class Consumer:
     """Centrifugo's own PostgreSQL consumer, from start to end of the Centrifugo that has it in its configuration."""
@@ -90,11 +98,18 @@ class Consumer:
     """Selected at once, of one partition."""
     index: bool = False
     """Whether its table has one on (partition, id)."""
+    sessions: int | None = None
+    """In its pool; without a number as shipped, 4 on a small machine, however many partitions wait for one."""
 
     @property
     def settings(self) -> Mapping[str, object]:
         """What it is given, in its own words."""
-        return {"num_partitions": self.partitions, "partition_select_limit": self.rows, "partition_index": self.index}
+        return {
+            "num_partitions": self.partitions,
+            "partition_select_limit": self.rows,
+            "index on (partition, id)": self.index,
+            "pool_max_conns": self.sessions or "as shipped",
+        }
 
     def config(self, database_url: str, **more: object) -> Mapping[str, object]:
         """An element of Centrifugo's `consumers`. `more` are other keys of its `postgresql`."""
@@ -103,8 +118,7 @@ class Consumer:
             "enabled": True,
             "type": "postgresql",
             "postgresql": {
-                # A session for each partition; its pool is smaller where it is not told.
-                "dsn": f"{database_url}?pool_max_conns={self.partitions + 1}",
+                "dsn": f"{database_url}?pool_max_conns={self.sessions}" if self.sessions else database_url,
                 "outbox_table_name": "centrifugo_outbox",
                 "num_partitions": self.partitions,
                 "partition_select_limit": self.rows,
@@ -115,8 +129,8 @@ class Consumer:
 
 CONSUMERS: Final[Mapping[str, Consumer]] = {
     "centrifugo-default": Consumer(),
-    "centrifugo-8": Consumer(partitions=8, rows=1_000, index=True),
-    "centrifugo-64": Consumer(partitions=64, rows=1_000, index=True),
+    "centrifugo-8": Consumer(partitions=8, rows=1_000, index=True, sessions=9),
+    "centrifugo-64": Consumer(partitions=64, rows=1_000, index=True, sessions=65),
 }
 
 

@@ -42,6 +42,11 @@ class Redis:
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}"
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "the server does not run"
+        return self._process.pid
+
     def start(self) -> None:
         """Start again on the same port, empty; returns once it answers."""
         self._launch(self.port)
