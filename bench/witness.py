@@ -52,8 +52,8 @@ class Seen(NamedTuple):
 class Witness:
     """Subscribes from the start of the `with` block; `wait` returns what was seen of `events` publications.
 
-    Per aggregate versions must come as 1, 2, 3, …; the process checks that. `mid_stream`: as n, n + 1, n + 2, …, because
-    others have seen those before. More may be pending than `events`: it leaves when it has seen as many.
+    Per aggregate versions must come as 1, 2, 3, …; the process checks that. `mid_stream`: as n, n + 1, n + 2, …,
+    because others have seen those before. More may be pending than `events`: it leaves when it has seen as many.
     """
 
     def __init__(
@@ -125,11 +125,16 @@ class Witness:
 def _main() -> None:
     request = json.loads(sys.stdin.readline())
     connection = _connect(request["ws_url"])
-    rest = _subscribe(connection, request["channels"])
+    record = _Record(connection, _subscribe(connection, request["channels"]), request["seconds"])
     _say({"subscribed": True})
-    chunks, events = _receive(connection, request["events"], request["seconds"], rest)
+    events = record.until(request["events"])
     _say({"arrived": True})
-    _say(_judge(chunks, events, mid_stream=request["mid_stream"])._asdict())
+    seen = _judge(record.chunks, events, mid_stream=request["mid_stream"])
+    while seen.lost and not record.over:
+        # Duplicates came in the place of events that may still be on their way.
+        record.until(seen.received + seen.lost)
+        seen = _judge(record.chunks, events, mid_stream=request["mid_stream"])
+    _say(seen._asdict())
 
 
 def _say(what: dict[str, Any]) -> None:
@@ -161,47 +166,70 @@ def _send(connection: socket.socket, text: bytes) -> None:
 
 
 def _subscribe(connection: socket.socket, channels: Sequence[str]) -> bytes:
-    """Connect and subscribe; returns the bytes that came after the last answer."""
+    """Connect and subscribe; returns all that came until the last answer was there, publications perhaps among it."""
     _send(connection, b'{"id":1,"connect":{}}')
     for number, channel in enumerate(channels, 2):
         _send(connection, orjson.dumps({"id": number, "subscribe": {"channel": channel}}))
     waiting = set(range(1, len(channels) + 2))
-    data = b""
+    received = data = b""
     while waiting:
-        data += connection.recv(1 << 16)
-        messages, data = _frames(data)
+        new = connection.recv(1 << 16)
+        if not new:
+            raise WrongRunError("Centrifugo has closed the connection")
+        received += new
+        messages, data = _frames(data + new)
         for message in messages:
             if "error" in message:
                 raise WrongRunError(f"cannot subscribe: {message}")
             waiting.discard(message.get("id", 0))
-    return data
+    return received
 
 
 Chunk = tuple[float, bytes]
 
 
-def _receive(connection: socket.socket, events: int, seconds: float, rest: bytes) -> tuple[list[Chunk], int]:
-    """Bytes with their times of arrival, until `events` publications are among them; and how many there had to be."""
-    started = time.monotonic()
-    chunks: list[Chunk] = [(started, rest)] if rest else []
-    received = rest.count(_MARK)
-    tail = rest[-len(_MARK) + 1 :]
-    connection.settimeout(0.5)
-    while received < events and time.monotonic() - started < seconds:
-        try:
-            data = connection.recv(1 << 20)
-        except TimeoutError:
-            if select.select([sys.stdin], [], [], 0)[0]:
-                return chunks, int(sys.stdin.readline())
-            continue
-        if not data:
-            break
-        arrived_at = time.monotonic()
-        chunks.append((arrived_at, data))
-        # A mark that two chunks share is counted with the second.
-        received += (tail + data).count(_MARK)
-        tail = data[-len(_MARK) + 1 :]
-    return chunks, events
+class _Record:
+    """The bytes of a connection with their times of arrival, for `seconds`; `received` publications are whole."""
+
+    def __init__(self, connection: socket.socket, received: bytes, seconds: float) -> None:
+        self._connection = connection
+        self._until = time.monotonic() + seconds
+        self._open = True
+        self._incomplete = b""
+        self.chunks: list[Chunk] = []
+        self.received = 0
+        connection.settimeout(0.5)
+        self._keep(received)
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is to be expected."""
+        return not self._open or time.monotonic() > self._until
+
+    def until(self, events: int) -> int:
+        """Go on until as many publications are here, or all that are to be expected; returns how many had to be."""
+        while self.received < events and not self.over:
+            try:
+                data = self._connection.recv(1 << 20)
+            except TimeoutError:
+                if select.select([sys.stdin], [], [], 0)[0]:
+                    self._open = False
+                    return int(sys.stdin.readline())
+                continue
+            if data:
+                self._keep(data)
+            else:
+                self._open = False
+        return events
+
+    def _keep(self, data: bytes) -> None:
+        self.chunks.append((time.monotonic(), data))
+        data = self._incomplete + data
+        at = 0
+        while (found := _message(data, at)) is not None:
+            payload, at = found
+            self.received += payload.count(_MARK)
+        self._incomplete = data[at:]
 
 
 def _frames(data: bytes) -> tuple[list[dict[str, Any]], bytes]:
