@@ -1,0 +1,66 @@
+"""The sentences of docs/benchmarks.md that no measurement changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+INTRODUCTION: Final = """\
+Written by `make bench`, which starts PostgreSQL (fsync on), Centrifugo, Redis and Benthos itself and measures all
+sides on one machine in one run. Rows of one scenario take turns, so that what the machine does meanwhile befalls them
+all. **Ratios within a table mean something; absolute numbers belong to this machine**, on which servers, relay,
+subscriber and writers share the cores.
+
+Unless a table says otherwise every side publishes the same ([bench/load.py](../bench/load.py)): 200-byte payloads,
+10,000 aggregates round robin, 100 channels, tags and an idempotency key. Tables show medians, and the lowest and the
+highest repetition.
+
+Every run is checked while it is measured: a subscriber of its own ([bench/witness.py](../bench/witness.py)) keeps all
+that arrives and judges it afterwards. All received, the versions of every aggregate in order, duplicates counted. A
+run that lost or reordered something has no number. Only where a side promises no order, its order is counted and not
+judged."""
+
+RATIOS_EXPLAINED: Final = """\
+*Measured* is the ratio of the medians. *Spread* is the lowest and the highest ratio of two repetitions that followed
+each other. *At least* is owed, *aim* is aimed at; both bounds are within. Centrifugo's best tuning is the better one
+of 8 and 64 partitions, with 1,000 rows a page and an index on (partition, id), which Centrifugo's documents lack."""
+
+ON_PAPER: Final = """\
+Computed, not measured: the CPU time per event of `floor/us`, spread over hosts with as many cores as this one. It is an
+upper bound. It takes for granted that the costs per event stay as they are, that nobody waits for locks or round trips,
+and that disk and network keep up. A relay process uses one core at most, because Python's threads share it."""
+
+NOTES: Final[Mapping[str, str]] = {
+    "drain": """\
+Committed events, from the first publication to the last. What the rivals do not do, and so is not scored:
+Centrifugo's consumer publishes inside Centrifugo, without HTTP, and deletes each row: it keeps no record of what was
+delivered, drops an event that Centrifugo refuses, and stops a partition at an internal error. Benthos reads a Redis
+list, which no database transaction can write to; with 20 requests in flight it keeps no order.""",
+    "round_trip": """\
+This relay alone, behind a proxy that delays both ways and whose own delay is measured first. Centrifugo's consumer is
+inside Centrifugo: it has no round trip to Centrifugo, and one to PostgreSQL in its place.""",
+    "latency": """\
+From commit to subscriber, at a steady rate that does not wait for anybody (open loop). Centrifugo's PostgreSQL stream
+broker takes the place of Centrifugo's engine; what is committed while no node runs reaches subscribers by recovery
+only.""",
+    "writers": """\
+What an event costs the transaction that writes it: one UPDATE of a business row, and the named addition.""",
+    "flat": """\
+This relay alone: every outbox against one that holds nothing else. Centrifugo's consumer deletes what it has
+published, so it keeps no rows; and it puts no single aggregate on hold: an internal error stops the whole partition,
+and an event refused for another reason is dropped.""",
+    "cold": """\
+This relay alone: the latency of aggregates that have little to say, beside one that never stops, against the same
+without it.""",
+    "hot": """\
+This relay alone: one aggregate, so that every event waits for the answer to the one before.""",
+    "idle": """\
+This relay alone: what it costs while it has nothing to do or cannot do it, and how much memory it takes.""",
+    "scale": """\
+This relay alone: several processes share one outbox, and with everything else the same cores.""",
+    "take_over": """\
+This relay alone: one of two relays is killed or stopped while it holds lanes, and the longest silence is taken.""",
+    "floor": """\
+What this relay is made of, without the relay: its own SQL statements, and ready-made batch posts, at once and alone.
+CPU times per event are those of the whole process, its start not included.""",
+}
