@@ -1,4 +1,8 @@
-"""One drain by this relay: events committed beforehand, timed from the first publication to the last, with its costs."""
+"""One drain, by this relay or by Centrifugo's consumer: committed events, from the first publication to the last.
+
+Whoever drains is up and connected before there is anything to see: our lanes are locked until then, and so is the
+table of Centrifugo's consumer.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ import psycopg
 from bench import load, stage
 from bench.delay import DelayProxy
 from bench.harness import Sample, WrongRunError
-from bench.sides import OurRelay
+from bench.sides import Consumer, OurRelay
 from bench.witness import Witness
 from outbox_relay.config import Settings
 from outbox_relay.database import APPLICATION_NAME
@@ -52,8 +56,7 @@ class Drain:
             server = stack.enter_context(fresh_centrifugo(self.centrifugo, self.redis))
             witness = stack.enter_context(Witness(server.ws_url, load.channels(self.namespace), self.events))
             parts = {"postgresql": [self.postgres.pid], "centrifugo": [server.pid], "witness": [witness.pid]}
-            if self.redis:
-                parts["redis"] = [self.redis.pid]
+            parts |= redis_part(self.redis)
             api_url = server.api_url
             if self.round_trip:
                 proxy = stack.enter_context(DelayProxy(api_url, self.round_trip))
@@ -62,11 +65,37 @@ class Drain:
                 with lanes_locked(url):
                     wait_for_workers(url, self.processes * self.settings.get("workers", Settings.workers))
                     costs = Costs({**parts, "relay": relay.pids})
-                witness.finished()
-                figures = costs.per(self.events)
-                seen = witness.wait(arrived=True)
+                sample = watched(witness, costs, self.events)
             check_settled(url)
-        return Sample(seen.rate, {**figures, "duplicates": seen.duplicates})
+        return sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsumerDrain:
+    """The same by Centrifugo's own consumer; `template` has its table."""
+
+    postgres: Postgres
+    template: str
+    centrifugo: Path
+    events: int
+    consumer: Consumer
+    redis: Redis | None = None
+    namespace: str = "plain"
+
+    def __call__(self) -> Sample:
+        with ExitStack() as stack:
+            url = stack.enter_context(stage.database(self.postgres, self.template))
+            gate = stack.enter_context(psycopg.connect(url))
+            gate.execute("LOCK TABLE centrifugo_outbox IN ACCESS EXCLUSIVE MODE")
+            server = stack.enter_context(fresh_centrifugo(self.centrifugo, self.redis, [self.consumer.config(url)]))
+            witness = stack.enter_context(Witness(server.ws_url, load.channels(self.namespace), self.events))
+            _wait_for_waiters(gate, self.consumer.partitions)
+            parts = {"postgresql": [self.postgres.pid], "centrifugo": [server.pid], "witness": [witness.pid]}
+            costs = Costs(parts | redis_part(self.redis))
+            gate.commit()
+            sample = watched(witness, costs, self.events)
+            _check_empty(gate)
+        return sample
 
 
 def fresh_centrifugo(binary: Path, redis: Redis | None, consumers: Sequence[Mapping[str, Any]] = ()) -> Centrifugo:
@@ -75,6 +104,11 @@ def fresh_centrifugo(binary: Path, redis: Redis | None, consumers: Sequence[Mapp
         return stage.centrifugo(binary, consumers=list(consumers))
     redis.ask("FLUSHALL")
     return stage.centrifugo(binary, redis_url=redis.url, consumers=list(consumers))
+
+
+def redis_part(redis: Redis | None) -> dict[str, list[int]]:
+    """Centrifugo's Redis as a part with costs, where it has one."""
+    return {} if redis is None else {"redis": [redis.pid]}
 
 
 class Costs:
@@ -94,6 +128,14 @@ class Costs:
 
     def _seconds(self) -> dict[str, float]:
         return {part: stage.cpu(*pids) for part, pids in self._parts.items()}
+
+
+def watched(witness: Witness, costs: Costs, events: int, *, strict: bool = True) -> Sample:
+    """Wait until the witness has all, and check that: events per second, with the costs."""
+    witness.finished()
+    figures = costs.per(events)
+    seen = witness.wait(strict=strict, arrived=True)
+    return Sample(seen.rate, {**figures, "duplicates": seen.duplicates, "out_of_order": seen.inverted})
 
 
 @contextmanager
@@ -129,3 +171,34 @@ def check_settled(url: str) -> None:
         [(left,)] = connection.execute("SELECT count(*) FROM outbox WHERE state <> 'delivered'").fetchall()
     if left:
         raise WrongRunError(f"{left} events were received and not settled")
+
+
+def _wait_for_waiters(gate: psycopg.Connection[tuple[int]], partitions: int) -> None:
+    """Return once the consumer of every partition waits for the table that `gate` has locked."""
+    deadline = time.monotonic() + START_SECONDS
+    while _waiters(gate) < partitions:
+        if time.monotonic() > deadline:
+            raise WrongRunError(f"fewer than {partitions} consumers wait for their table")
+        time.sleep(0.01)
+
+
+def _waiters(connection: psycopg.Connection[tuple[int]]) -> int:
+    return _number(
+        connection,
+        "SELECT count(*) FROM pg_locks WHERE relation = 'centrifugo_outbox'::regclass AND NOT granted"
+        " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
+    )
+
+
+def _check_empty(connection: psycopg.Connection[tuple[int]]) -> None:
+    """The consumer deletes a page after its last publication. Raises WrongRunError if it does not."""
+    deadline = time.monotonic() + START_SECONDS
+    while left := _number(connection, "SELECT count(*) FROM centrifugo_outbox"):
+        if time.monotonic() > deadline:
+            raise WrongRunError(f"{left} events were received and not deleted")
+        time.sleep(0.01)
+
+
+def _number(connection: psycopg.Connection[tuple[int]], query: str) -> int:
+    [(number,)] = connection.execute(query).fetchall()
+    return number

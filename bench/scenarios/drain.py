@@ -1,23 +1,16 @@
-"""How fast committed events reach a subscriber: this relay and its rivals, on both engines, without history and with.
-
-Whoever drains is up and connected before there is anything to see: our lanes are locked until then, and so is the
-table of Centrifugo's consumer; Benthos' list has another name.
-"""
+"""How fast committed events reach a subscriber, by this relay and its rivals, on both engines, with history and not."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-import psycopg
-
 from bench import benthos, load, stage
-from bench.drain import START_SECONDS, Costs, Drain, fresh_centrifugo
-from bench.harness import Mode, Row, Sample, WrongRunError
+from bench.drain import ConsumerDrain, Costs, Drain, fresh_centrifugo, redis_part, watched
+from bench.harness import Mode, Row, Sample
 from bench.sides import CONSUMERS, Benthos, Consumer, relay_settings
 from bench.witness import Witness
 from outbox_relay.embedded import centrifugo
@@ -25,10 +18,25 @@ from outbox_relay.embedded.postgres import Postgres
 from tests.support.redis import Redis
 
 EVENTS: Final[Mapping[stage.Engine, Mapping[str, int]]] = {
-    "memory": {"us": 150_000, "centrifugo-default": 100_000, "centrifugo": 240_000, "benthos": 16_000},
-    "redis": {"us": 75_000, "centrifugo-default": 30_000, "centrifugo": 30_000, "benthos": 12_000},
+    "memory": {
+        "us": 150_000,
+        "centrifugo-default": 100_000,
+        "centrifugo-8": 240_000,
+        "centrifugo-64": 256_000,
+        "benthos": 16_000,
+    },
+    "redis": {
+        "us": 75_000,
+        "centrifugo-default": 20_000,
+        "centrifugo-8": 75_000,
+        "centrifugo-64": 256_000,
+        "benthos": 12_000,
+    },
 }
-"""Of the full form: about three seconds of a side's work."""
+"""Of the full form: some seconds of a side's work."""
+PAGES: Final = 4
+"""So often at least must a partition ask for events: what it reads before its first publication and deletes after its
+last one costs time that is not seen."""
 
 OURS: Final[Mapping[str, tuple[str, Mapping[str, object]]]] = {
     "us": ("outbox-relay, rows kept", {}),
@@ -60,6 +68,8 @@ class DrainScenario:
         for engine, events in EVENTS.items():
             # Below a quarter the start and the end of a drain would be most of it.
             sizes = {side: mode.scaled(full, least=full // 4) for side, full in events.items()}
+            for side, consumer in CONSUMERS.items():
+                sizes[side] = max(sizes[side], PAGES * consumer.partitions * consumer.rows)
             for namespace in ("plain", "hist"):
                 yield list(place.rows(engine, namespace, sizes))
 
@@ -88,7 +98,7 @@ class _Place:
                 settings={"events": events, **relay_settings(settings)},
             )
         for side, consumer in CONSUMERS.items():
-            events = sizes.get(side, sizes["centrifugo"])
+            events = sizes[side]
             yield Row(
                 key=f"{group}/{side}",
                 title=TITLES[side],
@@ -129,20 +139,15 @@ class _Place:
             load.fill_centrifugo(url, events, namespace, consumer.partitions, index=consumer.index)
 
         def measure() -> Sample:
-            template = self._template(f"consumer_{consumer.partitions}_{namespace}_{events}", fill)
-            with ExitStack() as stack:
-                url = stack.enter_context(stage.database(self.postgres, template))
-                gate = stack.enter_context(psycopg.connect(url))
-                gate.execute("LOCK TABLE centrifugo_outbox IN ACCESS EXCLUSIVE MODE")
-                server = stack.enter_context(fresh_centrifugo(self.centrifugo, redis, [consumer.config(url)]))
-                witness = stack.enter_context(Witness(server.ws_url, load.channels(namespace), events))
-                _wait_for_waiters(gate, consumer.partitions)
-                parts = {"postgresql": [self.postgres.pid], "centrifugo": [server.pid], "witness": [witness.pid]}
-                costs = Costs(parts | _engine(redis))
-                gate.commit()
-                sample = _result(witness, costs, events)
-                _check_empty(gate)
-            return sample
+            return ConsumerDrain(
+                postgres=self.postgres,
+                template=self._template(f"consumer_{consumer.partitions}_{namespace}_{events}", fill),
+                centrifugo=self.centrifugo,
+                events=events,
+                consumer=consumer,
+                redis=redis,
+                namespace=namespace,
+            )()
 
         return measure
 
@@ -155,9 +160,9 @@ class _Place:
                 sender = stack.enter_context(Benthos(self.benthos, self.queue, server, in_flight=in_flight))
                 sender.prepare(load.requests(self.postgres.url(), events, namespace))
                 parts = {"benthos": [sender.pid], "queue": [self.queue.pid], "centrifugo": [server.pid]}
-                costs = Costs(parts | {"witness": [witness.pid]} | _engine(redis))
+                costs = Costs(parts | {"witness": [witness.pid]} | redis_part(redis))
                 sender.release()
-                return _result(witness, costs, events, strict=in_flight == 1)
+                return watched(witness, costs, events, strict=in_flight == 1)
 
         return measure
 
@@ -167,49 +172,6 @@ class _Place:
             stage.template(self.postgres, name, fill)
             self._templates.add(name)
         return name
-
-
-def _engine(redis: Redis | None) -> dict[str, list[int]]:
-    return {} if redis is None else {"redis": [redis.pid]}
-
-
-def _result(witness: Witness, costs: Costs, events: int, *, strict: bool = True) -> Sample:
-    """Wait until the witness has all, and check that."""
-    witness.finished()
-    figures = costs.per(events)
-    seen = witness.wait(strict=strict, arrived=True)
-    return Sample(seen.rate, {**figures, "duplicates": seen.duplicates, "out_of_order": seen.inverted})
-
-
-def _wait_for_waiters(gate: psycopg.Connection[tuple[int]], partitions: int) -> None:
-    """Return once the consumer of every partition waits for the table that `gate` has locked."""
-    deadline = time.monotonic() + START_SECONDS
-    while _waiters(gate) < partitions:
-        if time.monotonic() > deadline:
-            raise WrongRunError(f"fewer than {partitions} consumers wait for their table")
-        time.sleep(0.01)
-
-
-def _waiters(connection: psycopg.Connection[tuple[int]]) -> int:
-    return _number(
-        connection,
-        "SELECT count(*) FROM pg_locks WHERE relation = 'centrifugo_outbox'::regclass AND NOT granted"
-        " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
-    )
-
-
-def _check_empty(connection: psycopg.Connection[tuple[int]]) -> None:
-    """The consumer deletes a page after its last publication. Raises WrongRunError if it does not."""
-    deadline = time.monotonic() + START_SECONDS
-    while left := _number(connection, "SELECT count(*) FROM centrifugo_outbox"):
-        if time.monotonic() > deadline:
-            raise WrongRunError(f"{left} events were received and not deleted")
-        time.sleep(0.01)
-
-
-def _number(connection: psycopg.Connection[tuple[int]], query: str) -> int:
-    [(number,)] = connection.execute(query).fetchall()
-    return number
 
 
 SCENARIO: Final = DrainScenario()
