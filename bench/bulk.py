@@ -88,7 +88,7 @@ def fill(url: str, stretches: Sequence[Stretch]) -> None:
         for stretch in stretches:
             _fill(url, stretch, first_id)
             first_id += stretch.events
-        connection.execute("SELECT setval(pg_get_serial_sequence('outbox', 'id'), %s)", (first_id - 1,))
+        connection.execute("SELECT setval(pg_get_serial_sequence('outbox', 'id'), %s, false)", (first_id,))
 
 
 def _fill(url: str, stretch: Stretch, first_id: int) -> None:
