@@ -22,7 +22,7 @@ _SOURCE: Final = f"""
            %(namespace)s || ':' || (n %% %(aggregates)s %% {CHANNELS}) AS channel
     FROM generate_series(0, %(events)s - 1) AS n
 """
-PAYLOAD: Final = f"""('{{"n":' || n || ',"text":"' || repeat('x', {PAYLOAD_BYTES} - 15 - length(n::text)) || '"}}')"""
+PAYLOAD: Final = f"""('{{"n":' || n || ',"text":"' || repeat('x', {PAYLOAD_BYTES} - 16 - length(n::text)) || '"}}')"""
 """SQL of `{"n":12,"text":"…"}`, padded to PAYLOAD_BYTES."""
 
 _OURS: Final = f"""
