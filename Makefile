@@ -38,6 +38,10 @@ test: setup $(LOWEST) ## Run the whole test suite, then again with the oldest de
 test-lowest: setup $(LOWEST) ## Run the suite with the oldest dependencies alone
 	.venv-lowest/bin/python -m pytest -n $(JOBS) -p no:cacheprovider --ignore tests/test_embedded.py $(ARGS)
 
+.PHONY: bench
+bench: setup ## Measure beside the rivals, write docs/benchmarks.md (QUICK=1, FULL=1, ARGS="--only 'drain/*'")
+	@.venv/bin/python -m bench --mode $(if $(QUICK),quick,$(if $(FULL),full,short)) $(ARGS)
+
 .PHONY: check
 check: $(STAMP) ## Pins, formatter, linter, types, import contract
 	.venv/bin/uv pip check --python .venv/bin/python
@@ -60,7 +64,7 @@ lock: $(STAMP) ## Pin the dependencies anew, with hashes
 
 .PHONY: clean
 clean: ## Remove what the other targets made here (the Centrifugo binary stays in its cache)
-	rm -rf .venv .venv-lowest dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-lowest build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 .PHONY: python
 python:

@@ -78,7 +78,7 @@ class Redis:
     def _launch(self, port: int) -> None:
         folder = Path(self._folder.name)
         process = Process(
-            (_program(), "--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no"),
+            (program(), "--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no"),
             log=folder / "log",
             cwd=folder,
             env=os.environ,
@@ -99,7 +99,8 @@ class Redis:
         self._process = process
 
 
-def _program() -> Path:
+def program() -> Path:
+    """What is started: from PATH, else from the wheel."""
     for name in ("redis-server", "valkey-server"):
         if found := shutil.which(name):
             return Path(found)
