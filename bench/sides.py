@@ -76,6 +76,12 @@ class OurRelay:
     def pids(self) -> list[int]:
         return [process.pid for process in self.processes]
 
+    def start_another(self) -> subprocess.Popen[bytes]:
+        """One process more, for instance in the place of one that was killed."""
+        process = self._start()
+        self.processes.append(process)
+        return process
+
     def _start(self) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [sys.executable, "-m", "outbox_relay", "run"], env=self._environment, stdin=subprocess.DEVNULL
