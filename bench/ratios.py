@@ -198,12 +198,25 @@ def _flat() -> Iterator[Ratio]:
         )
 
 
+def _idle() -> Iterator[Ratio]:
+    for key, title in (("empty", "nothing pending"), ("outage", "10 M pending behind an outage")):
+        row = (f"idle/{key}/us",)
+        yield Ratio(f"idle-cpu-{key}", f"CPU of an idle relay, {title}", Of(row), None, 1.0, 0.3, "lower", " %")
+    for id_, title, of in (
+        ("outage", "10 M pending behind an outage", Of(("idle/outage/us",), "RSS, MB")),
+        ("backlog", "most while 10 M are drained", Of(("flat/drain/pending/us",), "peak RSS, MB")),
+        ("payload", "most while payloads of 1 MiB are drained", Of(("idle/large/us",))),
+    ):
+        yield Ratio(f"rss-{id_}", f"resident memory, {title}", of, None, 100, 70, "lower", " MB")
+
+
 RATIOS: Final = (
     *_drains(),
     *_round_trips(),
     *_latencies(),
     *_writers(),
     *_flat(),
+    *_idle(),
     Ratio(
         "python",
         "CPU of the relay's process per event, full batches",
@@ -214,9 +227,10 @@ RATIOS: Final = (
         "lower",
         " µs",
     ),
+    Ratio("take-over", "take-over after `kill -9`, p99", Of(("take_over/kill/us",)), None, 1.0, 0.3, "lower", " s"),
     Ratio(
         "floor",
-        "share of the floor: our drain ÷ bare statements and posts",
+        "share of the floor: our drain ÷ bare statements and posts side by side",
         Of(("floor/us",)),
         Of(("floor/both",)),
         0.6,
@@ -224,4 +238,4 @@ RATIOS: Final = (
         "higher",
     ),
 )
-"""In the order of the report. Titles of the full form: a shorter one measures smaller outboxes."""
+"""In the order of the report. Titles are the full form's: a shorter one measures smaller outboxes."""

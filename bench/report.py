@@ -300,7 +300,7 @@ def _parent(key: str) -> str:
 
 
 def _shortened(keys: Sequence[str]) -> Iterator[str]:
-    """Keys after the first without what they have in common with it, but for the last name."""
+    """The first key, and of the others only the side where they are of the same group."""
     first, *others = keys
     yield first
     yield from (key.removeprefix(f"{_parent(first)}/") for key in others)

@@ -53,13 +53,16 @@ and an event refused for another reason is dropped.""",
 This relay alone: the latency of aggregates that have little to say, beside one that never stops, against the same
 without it.""",
     "hot": """\
-This relay alone: one aggregate, so that every event waits for the answer to the one before.""",
+One aggregate: in strict order every event waits for the answer to the one before. Centrifugo's consumer publishes its
+partition's rows one after the other without leaving its process; an event that Centrifugo refuses is dropped, and its
+successors follow.""",
     "idle": """\
 This relay alone: what it costs while it has nothing to do or cannot do it, and how much memory it takes.""",
     "scale": """\
 This relay alone: several processes share one outbox, and with everything else the same cores.""",
     "take_over": """\
-This relay alone: one of two relays is killed or stopped while it holds lanes, and the longest silence is taken.""",
+This relay alone: one of two relays is killed or stopped while it holds lanes. Per victim the longest wait of an event
+counts, from its INSERT to the subscriber; the p99 is over all victims of one run.""",
     "floor": """\
 What this relay is made of, without the relay: its own SQL statements, and ready-made batch posts, at once and alone.
 CPU times per event are those of the whole process, its start not included.""",
