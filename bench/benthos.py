@@ -11,6 +11,7 @@ from typing import Final
 from outbox_relay.embedded._go import GoProgram, to_stderr
 
 VERSION: Final = "4.27.0"
+MODULE: Final = "github.com/benthosdev/benthos/v4"
 
 _PROGRAM: Final = GoProgram(
     name="Benthos",

@@ -22,6 +22,7 @@ import httpx
 import psycopg
 import pytest
 
+from bench import benthos
 from outbox_relay.embedded import _go, _process, centrifugo, postgres
 from outbox_relay.embedded._process import EmbeddedError, on_free_ports
 from outbox_relay.embedded.centrifugo import Centrifugo, find_or_build
@@ -342,11 +343,25 @@ class TestFindOrBuild:
         )
         assert machine.find().parent == machine.cache
 
-    def test_the_module_pins_the_version_and_every_hash(self) -> None:
-        folder = Path(centrifugo.__file__).with_name("centrifugo_build")
+    def test_programs_that_share_the_cache_do_not_share_their_builds(self, machine: Machine) -> None:
+        under_way = machine.cache / "build-benthos-other"
+        under_way.mkdir(parents=True)
+        machine.go(MAKES_A_BINARY)
+        machine.find()
+        assert under_way.exists()
+
+    @pytest.mark.parametrize(
+        ("folder", "pinned"),
+        [
+            (Path(centrifugo.__file__).with_name("centrifugo_build"), (centrifugo.MODULE, f"v{centrifugo.VERSION}")),
+            (Path(benthos.__file__).with_name("benthos_build"), (benthos.MODULE, f"v{benthos.VERSION}")),
+        ],
+        ids=["centrifugo", "benthos"],
+    )
+    def test_a_module_pins_the_version_and_every_hash(self, folder: Path, pinned: tuple[str, str]) -> None:
         module, sums = (folder / "go.mod").read_text(), (folder / "go.sum").read_text()
         required = re.findall(r"^\s*(?:require )?(\S+\.\S+/\S+) (v\S+)", module, re.MULTILINE)
-        assert (centrifugo.MODULE, f"v{centrifugo.VERSION}") in required
+        assert pinned in required
         assert [pair for pair in required if f"{pair[0]} {pair[1]}/go.mod h1:" not in sums] == []
 
 
