@@ -11,7 +11,6 @@ from its lane. The time in which nothing arrived from any lane, `silence`, is sh
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import signal
@@ -50,7 +49,7 @@ APART: Final = (0.3, 0.6)
 STOPPED_SECONDS: Final = 6.5
 """Longer than the database waits for a silent session (request_timeout + batch_time + 1)."""
 SEEN_SECONDS: Final = 0.5
-"""After a kill, before another process starts and takes the cores for a moment."""
+"""After a kill, before the start of another process takes the cores for a moment."""
 
 _BATCHES: Final = """
 SELECT count(*) FROM pg_stat_activity
@@ -101,7 +100,7 @@ class _TakeOver:
             wait_until_delivered(url, CHANNELS)
             witness.enough(written.total())
             seen = witness.wait()
-        waits, silences = zip(*(_after(at, until, seen) for at, until in pairwise([*times, math.inf])), strict=True)
+        waits, silences = zip(*(_beside(at, until, seen) for at, until in times), strict=True)
         figures = {
             "median wait": percentile(waits, 0.5),
             "silence, p99": percentile(silences, 0.99),
@@ -110,8 +109,8 @@ class _TakeOver:
         }
         return Sample(percentile(waits, 0.99), figures)
 
-    def _take(self, url: str, relay: OurRelay) -> float:
-        """Take one relay down, and start another in its place once that has been seen; returns the moment."""
+    def _take(self, url: str, relay: OurRelay) -> tuple[float, float]:
+        """Take one relay down, then start another in its place; returns when it stopped, and until when that counts."""
         time.sleep(random.uniform(*APART))
         victim = random.choice([process for process in relay.processes if process.poll() is None])
         at = _stop_in_a_batch(url, victim)
@@ -119,9 +118,10 @@ class _TakeOver:
         victim.kill()
         victim.wait()
         time.sleep(SEEN_SECONDS)
+        until = time.monotonic()
         relay.start_another()
         wait_for_workers(url, 2 * Settings.workers)
-        return at
+        return at, until
 
 
 def _stop_in_a_batch(url: str, victim: subprocess.Popen[bytes]) -> float:
@@ -146,10 +146,12 @@ def _local_ports(pid: int) -> list[int]:
     return [int(fields[1].partition(":")[2], 16) for fields in sockets if f"socket:[{fields[9]}]" in files]
 
 
-def _after(at: float, until: float, seen: Seen) -> tuple[float, float]:
-    """The longest wait of an event that arrived, and the longest time without arrivals, between two moments."""
-    waits = [lag for lag, arrival in zip(seen.lags, seen.arrivals, strict=True) if at < arrival <= until]
-    silences = [after - before for before, after in pairwise(seen.arrivals) if at < after <= until]
+def _beside(at: float, until: float, seen: Seen) -> tuple[float, float]:
+    """The longest wait of an event, and the longest time without arrivals, that began before `until` and ended later
+    than `at`: however late the end."""
+    arrived = zip(seen.lags, seen.arrivals, strict=True)
+    waits = [lag for lag, arrival in arrived if arrival > at and arrival - lag < until]
+    silences = [after - before for before, after in pairwise(seen.arrivals) if after > at and before < until]
     return max(waits), max(silences)
 
 
