@@ -8,6 +8,8 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 APPLICATION_NAME: Final = "outbox-relay"
+LANE: Final = "((hashtextextended(o.aggregate_type || '/' || o.aggregate_id, 0) & 255)::smallint)"
+"""The lane of the event `o`, word for word as the index of the pending events has it."""
 
 
 class DatabaseUnavailableError(Exception):

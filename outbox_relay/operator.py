@@ -26,7 +26,7 @@ import psycopg
 from psycopg import errors, sql
 from psycopg.rows import class_row
 
-from outbox_relay.database import DatabaseUnavailableError, connect, one_line
+from outbox_relay.database import LANE, DatabaseUnavailableError, connect, one_line
 from outbox_relay.outbox import STATES
 
 CHUNK: Final = 10_000
@@ -151,7 +151,7 @@ _EVENT: Final = (
     "o.state::text, o.created_at, o.settled_at, o.error, h.tries, h.attempts, nullif(h.due_at, 'infinity') AS due_at"
 )
 _DETAILS: Final = (
-    ", o.event_id, o.lane, o.payload::text, o.tags::text, o.accepted, o.expires_at, o.replay, o.traceparent"
+    ", o.event_id, {lane} AS lane, o.payload::text, o.tags::text, o.accepted, o.expires_at, o.replay, o.traceparent"
 )
 _MATCHES: Final = """
     (%(aggregate_type)s::text IS NULL OR o.aggregate_type = %(aggregate_type)s)
@@ -200,16 +200,16 @@ FROM {outbox_hold} AS h
 WHERE h.aggregate_type = %(type)s AND h.aggregate_id = %(aggregate)s
 """
 
-_PLACES: Final = "SELECT id, lane FROM {outbox} WHERE id = ANY(%(ids)s::bigint[])"
+_PLACES: Final = "SELECT id, {lane} AS lane FROM {outbox} AS o WHERE id = ANY(%(ids)s::bigint[])"
 
 _DEAD_PLACES: Final = """
-SELECT o.id, o.lane FROM {outbox} AS o
+SELECT o.id, {lane} AS lane FROM {outbox} AS o
 WHERE o.state = 'dead' AND o.id > %(after)s AND {matches}
 ORDER BY o.id LIMIT %(chunk)s
 """
 
 _DELIVERED_PLACES: Final = """
-SELECT o.id, o.lane FROM {outbox} AS o
+SELECT o.id, {lane} AS lane FROM {outbox} AS o
 WHERE o.state = 'delivered' AND o.id > %(after)s AND o.id <= %(upto)s AND {matches}
 ORDER BY o.id
 """
@@ -231,7 +231,7 @@ SELECT o.aggregate_type::text, o.aggregate_id::text, max(o.id)
 FROM {outbox} AS o
 JOIN unnest(%(types)s::text[], %(aggregates)s::text[]) AS s(type, aggregate)
     ON o.aggregate_type = s.type AND o.aggregate_id = s.aggregate
-WHERE o.id > %(after)s AND o.lane = %(lane)s
+WHERE o.id > %(after)s AND {lane} = %(lane)s
   AND (o.state IN ('delivered', 'superseded') OR o.accepted IS NOT NULL OR o.replay IS NOT NULL)
 GROUP BY 1, 2
 """
@@ -513,8 +513,8 @@ class _Session:
             name: sql.SQL(sql.Identifier(schema, name).as_string().replace("%", "%%"))
             for name in ("outbox", "outbox_lane", "outbox_hold", "outbox_state")
         }
-        names["of_aggregate"] = sql.SQL(_OF_AGGREGATE)
-        names["event"], names["details"] = sql.SQL(_EVENT), sql.SQL(_DETAILS)
+        names["of_aggregate"], names["lane"] = sql.SQL(_OF_AGGREGATE), sql.SQL(LANE)
+        names["event"], names["details"] = sql.SQL(_EVENT), sql.SQL(_DETAILS).format(**names)
         names["matches"] = sql.SQL(_MATCHES)
         names["head"] = sql.SQL(_HEAD).format(**names)
         names["ended"] = sql.SQL(_ENDED).format(**names)

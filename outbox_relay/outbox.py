@@ -1,7 +1,7 @@
 """The tables, and how an application writes events: `enqueue` and `enqueue_all` return an INSERT to execute.
 
-Column types that refuse impossible values are domains, not table CHECKs: PostgreSQL parses a table's CHECKs
-anew for every INSERT statement but a domain's once per session (docs/architecture.md has the measurement).
+Impossible values are refused by a trigger, which the migrations make: PostgreSQL parses a table's CHECKs anew for
+every INSERT statement, a trigger's function once per session (docs/architecture.md has the measurement).
 """
 
 from __future__ import annotations
@@ -298,48 +298,35 @@ enqueue_all = DEFAULT.enqueue_all
 # The tables as SQLAlchemy metadata, for autogenerate and `alembic check`. The migrations create them.
 
 
-@dataclass(frozen=True)
-class _Domains:
-    schema: str | None
-    metadata: sa.MetaData
-
-    def __call__(self, name: str, base: sa.types.TypeEngine[Any]) -> pg.DOMAIN:
-        return pg.DOMAIN(name, base, schema=self.schema, metadata=self.metadata, create_type=False)
-
-
 def tables(metadata: sa.MetaData, schema: str | None = None) -> sa.MetaData:
     """Add the outbox's tables to `metadata` and return it.
 
     Autogenerate turns missing ones into a call of `outbox_relay.migrations.upgrade` if env.py passes
     `process_revision_directives=outbox_relay.migrations.autogenerate`.
     """
-    domain = _Domains(schema, metadata)
     now = sa.text("clock_timestamp()")
     info = {"outbox_relay": True}
-    aggregate_type = domain("outbox_aggregate_type", sa.Text())
-    aggregate_id = domain("outbox_aggregate_id", sa.Text())
     sa.Table(
         "outbox",
         metadata,
         sa.Column("id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
         sa.Column("event_id", sa.Uuid, nullable=False, server_default=sa.text("gen_random_uuid()")),
-        sa.Column("aggregate_type", aggregate_type, nullable=False),
-        sa.Column("aggregate_id", aggregate_id, nullable=False),
-        sa.Column("version", domain("outbox_version", sa.BigInteger()), nullable=False),
+        sa.Column("aggregate_type", sa.Text, nullable=False),
+        sa.Column("aggregate_id", sa.Text, nullable=False),
+        sa.Column("version", sa.BigInteger, nullable=False),
         sa.Column("kind", _enum("outbox_kind", KINDS, schema), nullable=False, server_default="change"),
-        sa.Column("channels", domain("outbox_channels", pg.ARRAY(sa.Text())), nullable=False),
-        sa.Column("payload", domain("outbox_payload", sa.JSON()), nullable=False),
-        sa.Column("tags", domain("outbox_tags", pg.JSONB())),
+        sa.Column("channels", pg.ARRAY(sa.Text), nullable=False),
+        sa.Column("payload", pg.JSON, nullable=False),
+        sa.Column("tags", pg.JSONB),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False, server_default=now),
         sa.Column("expires_at", sa.DateTime(timezone=True)),
-        sa.Column("lane", sa.SmallInteger, sa.Computed(LANE, persisted=True), nullable=False),
         sa.Column("state", _enum("outbox_state", STATES, schema), nullable=False, server_default="pending"),
         sa.Column("accepted", pg.ARRAY(sa.Text)),
         sa.Column("settled_at", sa.DateTime(timezone=True)),
         sa.Column("error", sa.Text),
         sa.Column("replay", sa.Integer),
         sa.Column("traceparent", sa.Text),
-        sa.Index("outbox_pending", "lane", "id", postgresql_where=sa.text("state = 'pending'")),
+        sa.Index("outbox_pending", sa.text("((hashtextextended(aggregate_type || '/' || aggregate_id, 0) & 255)::smallint)"), "id", postgresql_where=sa.text("state = 'pending'")),
         sa.Index(
             "outbox_parked",
             "aggregate_type",
@@ -361,8 +348,8 @@ def tables(metadata: sa.MetaData, schema: str | None = None) -> sa.MetaData:
     sa.Table(
         "outbox_hold",
         metadata,
-        sa.Column("aggregate_type", aggregate_type, primary_key=True),
-        sa.Column("aggregate_id", aggregate_id, primary_key=True),
+        sa.Column("aggregate_type", sa.Text, primary_key=True),
+        sa.Column("aggregate_id", sa.Text, primary_key=True),
         sa.Column("lane", sa.SmallInteger, nullable=False),
         sa.Column("due_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("head_id", sa.BigInteger, nullable=False),
@@ -380,11 +367,6 @@ def tables(metadata: sa.MetaData, schema: str | None = None) -> sa.MetaData:
     return metadata
 
 
-# As PostgreSQL prints it: Alembic compares the texts.
-LANE: Final = (
-    "((hashtextextended((((aggregate_type)::text || '/'::text) || (aggregate_id)::text), (0)::bigint)"
-    " & (255)::bigint))::smallint"
-)
 metadata: Final = tables(sa.MetaData())
 
 __all__ = [

@@ -10,7 +10,7 @@ from typing import Any, LiteralString
 import psycopg
 from psycopg import sql
 
-from outbox_relay.database import DatabaseUnavailableError, connect, one_line
+from outbox_relay.database import LANE, DatabaseUnavailableError, connect, one_line
 from outbox_relay.outcome import boottime
 
 
@@ -26,6 +26,7 @@ class Session:
         self, database_url: str, *, schema: str = "public", request_timeout: float = 3.0, batch_time: float = 1.0
     ) -> None:
         self._connection = connect(database_url)
+        self.direct = self._prepare()
         self.schema = schema
         self.request_timeout = request_timeout
         self.session_timeout = request_timeout + batch_time + 1.0
@@ -34,7 +35,7 @@ class Session:
         self._names: Mapping[str, Any] = {
             name: sql.SQL(sql.Identifier(schema, name).as_string().replace("%", "%%"))
             for name in ("outbox", "outbox_lane", "outbox_hold")
-        }
+        } | {"lane": sql.SQL(LANE)}
         self._sql: dict[str, sql.Composed] = {}
         milliseconds = round(self.session_timeout * 1000)
         # One text, one round trip. A role's own defaults must not decide what a batch sees or how long it waits.
@@ -43,11 +44,25 @@ class Session:
             f"SET LOCAL idle_in_transaction_session_timeout = {milliseconds}; "
             f"SET LOCAL statement_timeout = {milliseconds}; SET LOCAL lock_timeout = 1000; "
             "SET LOCAL search_path = pg_catalog; SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; "
-            "SET LOCAL enable_mergejoin = off; SET LOCAL enable_bitmapscan = off; SET LOCAL jit = off"
+            "SET LOCAL enable_mergejoin = off; SET LOCAL enable_bitmapscan = off; SET LOCAL jit = off; "
+            "SET LOCAL plan_cache_mode = force_generic_plan"
         )
 
     def close(self) -> None:
         self._connection.close()
+
+    def _prepare(self) -> bool:
+        """Have PostgreSQL keep the plans of statements, where no pooler would give them to another session.
+
+        A pooler answers with a process id of its own.
+        """
+        try:
+            row = self._connection.execute("SELECT pg_backend_pid()").fetchone()
+        except psycopg.Error as error:
+            raise DatabaseUnavailableError(one_line(error)) from error
+        direct = row == (self._connection.info.backend_pid,)
+        self._connection.prepare_threshold = 0 if direct else None
+        return direct
 
     @contextmanager
     def batch(self) -> Iterator[None]:
@@ -96,5 +111,5 @@ class Session:
 
     def execute_raw(self, query: LiteralString) -> None:
         asked_at = boottime()
-        self._connection.execute(query)
+        self._connection.execute(query, prepare=False)
         self._asked_at = asked_at

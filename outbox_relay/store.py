@@ -56,26 +56,28 @@ class Batch:
 
 
 _ID, _LANE, _PAYLOAD = (Event._fields.index(name) for name in ("id", "lane", "payload"))
-_COLUMNS: Final = (
-    "id, event_id::text, aggregate_type::text, aggregate_id::text, lane, version, kind, channels::text[], "
-)
+_COLUMNS: Final = "id, event_id::text, aggregate_type, aggregate_id, lane, version, kind::text, channels,"
+_REST: Final = "tags::text, accepted, date_part('epoch', created_at), replay"
 
 _CLAIM: Final = """
-SELECT l.lane, l.has_due_hold, extract(epoch FROM clock_timestamp())::float8
+SELECT l.lane, l.has_due_hold, date_part('epoch', clock_timestamp())
 FROM generate_series(1, 256) AS step(n)
 CROSS JOIN LATERAL (
     SELECT c.lane, d.due IS NOT NULL AS has_due_hold
     FROM {outbox_lane} AS c
     LEFT JOIN LATERAL (
         SELECT true AS due FROM {outbox_hold} AS h
-        WHERE h.lane = c.lane AND h.due_at <= statement_timestamp()
-        ORDER BY h.due_at LIMIT 1
+        -- Here and below a range of one lane: only the index by lane has this order. With `=` the planner may walk
+        -- through another one instead, where statistics say that most rows are in that lane.
+        WHERE h.lane BETWEEN c.lane AND c.lane AND h.due_at <= statement_timestamp()
+        ORDER BY h.lane, h.due_at LIMIT 1
     ) AS d ON true
     WHERE c.lane = (%(after)s + step.n) %% 256
       -- A scalar subquery with ORDER BY and LIMIT stays one index probe per lane; EXISTS may become a hash of
       -- the whole backlog.
       AND (d.due OR (SELECT true FROM {outbox} AS o
-                     WHERE o.lane = c.lane AND o.state = 'pending' ORDER BY o.id LIMIT 1))
+                     WHERE {lane} BETWEEN c.lane AND c.lane AND o.state = 'pending'
+                     ORDER BY {lane}, o.id LIMIT 1))
     FOR NO KEY UPDATE OF c SKIP LOCKED
 ) AS l
 LIMIT %(limit)s
@@ -83,34 +85,36 @@ LIMIT %(limit)s
 
 # The bytes that the rows before a row take bound the batch; id order makes the cut a suffix of every aggregate.
 _READ_PENDING: Final = """
-SELECT {columns} CASE WHEN held IS NULL THEN payload::text END, tags::text, accepted,
-       extract(epoch FROM created_at)::float8, replay
+SELECT {columns} CASE WHEN held IS NULL THEN payload::text END, {rest}
 FROM (
     SELECT e.*,
-           -- Not a join: whatever the statistics say, a scalar subquery is one probe of the primary key.
-           (SELECT true FROM {outbox_hold} AS h
-            WHERE h.aggregate_type = e.aggregate_type AND h.aggregate_id = e.aggregate_id) AS held,
-           sum(pg_column_size(e.payload)) OVER (ORDER BY e.id) - pg_column_size(e.payload) AS bytes_before
+           -- Not a join: whatever the statistics say, a scalar subquery is one probe of the primary key. Where nothing
+           -- is on hold there is none.
+           CASE WHEN (SELECT true FROM {outbox_hold} LIMIT 1) THEN (
+               SELECT true FROM {outbox_hold} AS h
+               WHERE h.aggregate_type = e.aggregate_type AND h.aggregate_id = e.aggregate_id) END AS held,
+           sum(pg_column_size(e.payload))
+               OVER (ORDER BY e.id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS bytes_before
     FROM unnest(%(lanes)s::smallint[]) AS l(lane)
     CROSS JOIN LATERAL (
-        SELECT o.* FROM {outbox} AS o
-        WHERE o.lane = l.lane AND o.state = 'pending'
-        ORDER BY o.id LIMIT %(quota)s
+        SELECT l.lane, o.* FROM {outbox} AS o
+        WHERE {lane} BETWEEN l.lane AND l.lane AND o.state = 'pending'
+        ORDER BY {lane}, o.id LIMIT %(quota)s
     ) AS e
 ) AS e
-WHERE bytes_before < %(max_bytes)s
+WHERE coalesce(bytes_before, 0) < %(max_bytes)s
 ORDER BY id
-""".replace("{columns}", _COLUMNS)
+""".replace("{columns}", _COLUMNS).replace("{rest}", _REST)
 
 _READ_DUE: Final = """
-SELECT {columns} payload::text, tags::text, accepted, extract(epoch FROM created_at)::float8, replay,
+SELECT {columns} payload::text, {rest},
        hold_type, hold_id, head_id, tries, attempts, alone,
-       extract(epoch FROM first_refused_at)::float8, extract(epoch FROM refused_at)::float8
+       date_part('epoch', first_refused_at), date_part('epoch', refused_at)
 FROM (
     SELECT e.*, h.*,
            sum(pg_column_size(e.payload)) OVER (ORDER BY e.id) - pg_column_size(e.payload) AS bytes_before
     FROM (
-        SELECT aggregate_type::text AS hold_type, aggregate_id::text AS hold_id,
+        SELECT aggregate_type AS hold_type, aggregate_id AS hold_id, lane,
                head_id, tries, attempts, alone, first_refused_at, refused_at
         FROM {outbox_hold}
         WHERE lane = ANY(%(lanes)s::smallint[]) AND due_at <= statement_timestamp()
@@ -124,19 +128,19 @@ FROM (
 ) AS e
 WHERE bytes_before IS NULL OR bytes_before < %(max_bytes)s
 ORDER BY id
-""".replace("{columns}", _COLUMNS)
+""".replace("{columns}", _COLUMNS).replace("{rest}", _REST)
 
 _PARK: Final = "UPDATE {outbox} SET state = 'parked' WHERE id = ANY(%(ids)s::bigint[]) AND state = 'pending'"
 
 _SWEEP: Final = """
-UPDATE {outbox} AS o SET state = 'parked'
+UPDATE {outbox} AS p SET state = 'parked'
 FROM unnest(%(lanes)s::smallint[]) AS l(lane)
 CROSS JOIN LATERAL (
-    SELECT p.id, p.aggregate_type, p.aggregate_id FROM {outbox} AS p
-    WHERE p.lane = l.lane AND p.state = 'pending'
-    ORDER BY p.id LIMIT %(limit)s
+    SELECT o.id, o.aggregate_type, o.aggregate_id FROM {outbox} AS o
+    WHERE {lane} BETWEEN l.lane AND l.lane AND o.state = 'pending'
+    ORDER BY {lane}, o.id LIMIT %(limit)s
 ) AS met
-WHERE o.id = met.id AND o.state = 'pending'
+WHERE p.id = met.id AND p.state = 'pending'
   AND (SELECT true FROM {outbox_hold} AS h
        WHERE h.aggregate_type = met.aggregate_type AND h.aggregate_id = met.aggregate_id)
 """
@@ -208,7 +212,7 @@ WHERE lane = (SELECT lane FROM {outbox_lane} LIMIT 1 FOR NO KEY UPDATE SKIP LOCK
 
 # Cheap enough to ask many times a second: two index probes.
 _IDLE: Final = """
-SELECT (SELECT true FROM {outbox} WHERE state = 'pending' ORDER BY lane, id LIMIT 1)
+SELECT (SELECT true FROM {outbox} AS o WHERE o.state = 'pending' ORDER BY {lane}, o.id LIMIT 1)
     OR (SELECT true FROM {outbox_hold} WHERE due_at <= statement_timestamp() ORDER BY due_at LIMIT 1)
 """
 

@@ -69,7 +69,7 @@ FROM scanned
 """
 
 _LEFT: Final = """
-SELECT (SELECT true FROM {outbox} WHERE state = 'pending' ORDER BY lane, id LIMIT 1) IS NOT NULL,
+SELECT (SELECT true FROM {outbox} AS o WHERE o.state = 'pending' ORDER BY {lane}, o.id LIMIT 1) IS NOT NULL,
        EXISTS (SELECT FROM {outbox_hold})
 """
 
@@ -85,7 +85,7 @@ FROM {outbox_lane} AS c CROSS JOIN LATERAL (
            CASE WHEN current_setting('track_commit_timestamp')::bool
                 THEN pg_xact_commit_timestamp(o.xmin) END AS committed_at
     FROM {outbox} AS o
-    WHERE o.lane = c.lane AND o.state = 'pending' ORDER BY o.id LIMIT 1) AS oldest
+    WHERE {lane} BETWEEN c.lane AND c.lane AND o.state = 'pending' ORDER BY {lane}, o.id LIMIT 1) AS oldest
 """
 
 # How dense a lane's ids are among its oldest events, times the span of its ids: right within some per cent, also while
@@ -98,11 +98,12 @@ FROM {outbox_lane} AS c
 CROSS JOIN LATERAL (
     SELECT count(*) AS met, min(id) AS oldest, max(id) AS last
     FROM (SELECT o.id FROM {outbox} AS o
-          WHERE o.lane = c.lane AND o.state = 'pending' ORDER BY o.id LIMIT %(sample)s) AS x
+          WHERE {lane} BETWEEN c.lane AND c.lane AND o.state = 'pending' ORDER BY {lane}, o.id LIMIT %(sample)s) AS x
 ) AS head
 CROSS JOIN LATERAL (
     SELECT o.id AS newest FROM {outbox} AS o
-    WHERE o.lane = c.lane AND o.state = 'pending' ORDER BY o.id DESC LIMIT 1
+    WHERE {lane} BETWEEN c.lane AND c.lane AND o.state = 'pending'
+    ORDER BY {lane} DESC, o.id DESC LIMIT 1
 ) AS tail
 """
 
