@@ -25,15 +25,10 @@ ALTER TABLE :"schema".outbox_lane OWNER TO :"owner";
 ALTER TABLE :"schema".outbox_hold OWNER TO :"owner";
 ALTER TYPE :"schema".outbox_kind OWNER TO :"owner";
 ALTER TYPE :"schema".outbox_state OWNER TO :"owner";
-ALTER DOMAIN :"schema".outbox_aggregate_type OWNER TO :"owner";
-ALTER DOMAIN :"schema".outbox_aggregate_id OWNER TO :"owner";
-ALTER DOMAIN :"schema".outbox_version OWNER TO :"owner";
-ALTER DOMAIN :"schema".outbox_channels OWNER TO :"owner";
-ALTER DOMAIN :"schema".outbox_payload OWNER TO :"owner";
-ALTER DOMAIN :"schema".outbox_tags OWNER TO :"owner";
+ALTER FUNCTION :"schema".outbox_written() OWNER TO :"owner";
 REVOKE ALL ON :"schema".outbox, :"schema".outbox_lane, :"schema".outbox_hold FROM PUBLIC;
 
--- What the relay fills in (id, lane, state, accepted, settled_at, error, created_at) is not the writer's to set.
+-- What the relay fills in (id, state, accepted, settled_at, error, created_at) is not the writer's to set.
 GRANT INSERT (event_id, aggregate_type, aggregate_id, version, kind, channels, payload, tags, expires_at, traceparent)
     ON :"schema".outbox TO :"writer";
 

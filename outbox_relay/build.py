@@ -62,6 +62,7 @@ def build_store(settings: Settings) -> Store:
         request_timeout=settings.request_timeout,
         batch_time=settings.batch_time,
         keep_delivered=settings.keep > 0,
+        wake_up=settings.wake_up,
     )
 
 
@@ -76,7 +77,7 @@ def build_publisher(settings: Settings) -> Centrifugo:
             settings.centrifugo_url or "",
             key,
             timeout=settings.request_timeout,
-            parallel=settings.parallel,
+            parallel=None if settings.parallel == "auto" else settings.parallel,
         )
     except ValueError as error:
         raise ConfigError(f"centrifugo_url: {error}") from None

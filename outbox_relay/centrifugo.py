@@ -16,6 +16,7 @@ import httpx
 import orjson
 
 from outbox_relay.outcome import ACCEPTED, Event, Outage, Refusal, Reply, boottime
+from outbox_relay.pace import Pace
 from outbox_relay.transport import Deadline, DeadlineTransport
 
 WIRE_VERSION: Final = "1"
@@ -32,7 +33,8 @@ class Centrifugo:
     """One worker's HTTP connection to Centrifugo's server API.
 
     `url` may end with or without `/api`. `timeout` is for the whole of a request: connecting, sending and
-    reading the last byte; in seconds. `parallel` lets Centrifugo publish a request's events side by side.
+    reading the last byte; in seconds. `parallel` lets Centrifugo publish a request's events side by side; None finds
+    out what is faster.
     """
 
     def __init__(
@@ -41,11 +43,12 @@ class Centrifugo:
         api_key: str,
         *,
         timeout: float = 3.0,
-        parallel: bool = True,
+        parallel: bool | None = None,
         verify: ssl.SSLContext | bool = True,
     ) -> None:
         self.timeout = timeout
         self._parallel = parallel
+        self._pace = Pace()
         self._api = api_url(url)
         self._deadline = Deadline()
         self._client = httpx.Client(
@@ -63,6 +66,10 @@ class Centrifugo:
     def close(self) -> None:
         self._client.close()
 
+    def room(self, limit: int) -> int:
+        """How many events the next requests may hold, at most `limit`."""
+        return limit if self._parallel is not None else self._pace.room(limit)
+
     def publish(self, events: Sequence[Event], deadline: float | None = None) -> list[Reply] | Outage:
         """Publish one request, and say for each event, in order, what became of it.
 
@@ -70,10 +77,13 @@ class Centrifugo:
         """
         too_deep = {n for n, event in enumerate(events) if _too_deep(event.payload)}
         sent = [event for n, event in enumerate(events) if n not in too_deep] if too_deep else events
-        body = encode_batch(sent, parallel=self._parallel and len(sent) > 1)
+        parallel = self._pace.choose(len(sent)) if self._parallel is None else self._parallel and len(sent) > 1
+        body = encode_batch(sent, parallel=parallel)
+        started = boottime()
         answer = self._batch(body, len(sent), deadline)
         if isinstance(answer, Outage):
             return answer
+        self._pace.note(len(sent), boottime() - started, parallel=parallel)
         try:
             replies = [
                 ACCEPTED

@@ -58,7 +58,10 @@ class Settings:
     centrifugo_api_key: Annotated[SecretStr | None, Doc("Centrifugo's http_api.key")] = None
     schema: Annotated[str, Field(min_length=1, max_length=63), Doc("schema that holds the outbox")] = "public"
     workers: Annotated[int, Field(ge=1, le=64), Doc("threads, each with its own database session")] = 2
-    parallel: Annotated[bool, Doc("let Centrifugo publish a request's events side by side")] = True
+    parallel: Annotated[
+        bool | Literal["auto"],
+        Doc("let Centrifugo publish a request's events side by side; auto finds out what is faster"),
+    ] = "auto"
     lanes: Annotated[int, Field(ge=1, le=256), Doc("lanes that a batch may lock, of 256")] = 64
     batch_events: Annotated[Count, Doc("events that a batch reads")] = 1_000
     batch_bytes: Annotated[Bytes, Doc("bytes of payload that a batch reads")] = 1024 * 1024
@@ -69,6 +72,7 @@ class Settings:
         float, Field(gt=0, le=8), Doc("seconds for a whole request; Centrifugo cuts its own replies at 10")
     ] = 3.0
     batch_time: Annotated[float, Field(gt=0, le=60), Doc("seconds in which a batch starts requests")] = 1.0
+    wake_up: Annotated[bool, Doc("hear of commits at once by LISTEN; through a pooler the relay only polls")] = True
     poll_max: Annotated[Seconds, Doc("seconds between two looks at an empty outbox, at most")] = 0.1
     pause_max: Annotated[Seconds, Doc("seconds between two tries during an outage, at most")] = 1.0
     stop_timeout: Annotated[Seconds, Doc("seconds to finish after SIGTERM")] = 10.0

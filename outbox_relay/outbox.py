@@ -326,7 +326,7 @@ def tables(metadata: sa.MetaData, schema: str | None = None) -> sa.MetaData:
         sa.Column("error", sa.Text),
         sa.Column("replay", sa.Integer),
         sa.Column("traceparent", sa.Text),
-        sa.Index("outbox_pending", sa.text("((hashtextextended(aggregate_type || '/' || aggregate_id, 0) & 255)::smallint)"), "id", postgresql_where=sa.text("state = 'pending'")),
+        sa.Index("outbox_pending", sa.text(LANE), "id", postgresql_where=sa.text("state = 'pending'")),
         sa.Index(
             "outbox_parked",
             "aggregate_type",
@@ -367,6 +367,8 @@ def tables(metadata: sa.MetaData, schema: str | None = None) -> sa.MetaData:
     return metadata
 
 
+# As PostgreSQL prints it: Alembic compares the texts.
+LANE: Final = "((hashtextextended((aggregate_type || '/'::text) || aggregate_id, 0::bigint) & 255::bigint)::smallint)"
 metadata: Final = tables(sa.MetaData())
 
 __all__ = [

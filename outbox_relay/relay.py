@@ -9,7 +9,7 @@ import enum
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from types import TracebackType
 from typing import Final, Protocol, Self
@@ -92,8 +92,11 @@ class Options:
 class Publisher(Protocol):
     """Where events go. Exactly one reply per event, in order, or one outage for all; nothing is sent past `deadline`.
 
-    The deadline is on `boottime()`, and was taken while the lanes were surely ours.
+    The deadline is on `boottime()`, and was taken while the lanes were surely ours. `room` is how many events the
+    publisher wants in a request now, `limit` at most.
     """
+
+    def room(self, limit: int) -> int: ...
 
     def publish(self, events: Sequence[Event], deadline: float) -> list[Reply] | Outage: ...
 
@@ -200,6 +203,8 @@ class Worker:
         most this batch is published again.
         """
         options = self._options
+        if self._store.wake_up:
+            self._store.wake_up.get_up()
         if self._untried:
             self._store.prove_writable()
         with self._store.batch():
@@ -241,7 +246,8 @@ class Worker:
         sent = Sent()
         alone = {hold.head_id for hold in batch.holds.values() if hold.alone}
         free, suspects = self._shared.suspects.part(batch.events, alone)
-        planned = waves(free, self._options.limits)
+        limits = self._options.limits
+        planned = waves(free, replace(limits, events=self._publisher.room(limits.events)))
         full = list(takewhile(lambda wave: len(wave) * WAVE_SHRINKAGE >= len(planned[0]), planned))
         if suspects:
             unsent = {event.aggregate for wave in planned[len(full) :] for event in wave}
@@ -508,22 +514,29 @@ class Relay:
     ) -> None:
         """Batches at once while there is work, growing waits while there is none, until asked to stop."""
         stopping = self._shared.stopping
-        busy = False
+        told = False
         idle = self._options.poll_min
         while not stopping.is_set():
             progress.alive()
             with self._shared.pause.turn(stopping, progress):
-                busy = not stopping.is_set() and (busy or store.anything_to_do()) and worker.run_once()
+                busy = not stopping.is_set() and (told or store.anything_to_do()) and worker.run_once()
             succeeded()
             if chores is not None:
                 chores.do(store)
             if busy:
-                idle = self._options.poll_min
+                told, idle = False, self._options.poll_min
                 continue
             if self._until_empty and self._finished(store):
                 return
-            stopping.wait(idle)
+            told = self._rest(store, idle)
             idle = min(idle * 2, self._options.poll_max)
+
+    def _rest(self, store: Store, seconds: float) -> bool:
+        """Wait for `seconds` or until an event is committed, and return whether that is known to have happened."""
+        told = store.wake_up.sleep(seconds) if store.wake_up else None
+        if told is None:
+            self._shared.stopping.wait(seconds)
+        return bool(told)
 
     def _finished(self, store: Store) -> bool:
         pending, held = store.left()

@@ -12,21 +12,31 @@ from psycopg import sql
 
 from outbox_relay.database import LANE, DatabaseUnavailableError, connect, one_line
 from outbox_relay.outcome import boottime
+from outbox_relay.wake_up import WakeUp
 
 
 class Session:
     """A connection to the outbox in `schema`.
 
     `request_timeout` is the deadline of a request to Centrifugo and `batch_time` the longest time in which a
-    batch starts requests, both in seconds: the database ends a session that is silent for longer. Raises
-    `DatabaseUnavailableError`.
+    batch starts requests, both in seconds: the database ends a session that is silent for longer. Where `wake_up`
+    is wanted and possible there is one. Raises `DatabaseUnavailableError`.
     """
 
     def __init__(
-        self, database_url: str, *, schema: str = "public", request_timeout: float = 3.0, batch_time: float = 1.0
+        self,
+        database_url: str,
+        *,
+        schema: str = "public",
+        request_timeout: float = 3.0,
+        batch_time: float = 1.0,
+        wake_up: bool = True,
     ) -> None:
         self._connection = connect(database_url)
-        self.direct = self._prepare()
+        direct = self._prepare()
+        self.wake_up = (
+            WakeUp(self._connection, sql.Identifier(schema, "outbox").as_string()) if direct and wake_up else None
+        )
         self.schema = schema
         self.request_timeout = request_timeout
         self.session_timeout = request_timeout + batch_time + 1.0

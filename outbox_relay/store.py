@@ -279,7 +279,7 @@ class Store(Upkeep):
     def rehearse(self, ids: Sequence[int]) -> None:
         """Write the outcome that these events would have if all are delivered, and take it back."""
         self.execute_raw("SAVEPOINT rehearsal")
-        self.execute(self._delivered, ids=ids)
+        self.execute(self._delivered, ids=_bigints(ids))
         self.execute_raw("ROLLBACK TO SAVEPOINT rehearsal")
 
     def settle(
@@ -305,7 +305,7 @@ class Store(Upkeep):
         self, delivered: Sequence[int], refused: Sequence[Settlement], holds: Mapping[tuple[str, str], Hold]
     ) -> None:
         if delivered:
-            self.execute(self._delivered, ids=delivered)
+            self.execute(self._delivered, ids=_bigints(delivered))
         dead = [(s.event, s.outcome.error) for s in refused if isinstance(s.outcome, Dead)]
         if dead:
             self.execute(_DEAD, ids=[event.id for event, _ in dead], errors=[error for _, error in dead])
@@ -342,3 +342,8 @@ class Store(Upkeep):
 def _hold(outcome: Outcome) -> Held:
     """The hold that a refused event's outcome asks for: after a dead one, until a person ends it."""
     return outcome if isinstance(outcome, Held) else Held(0, 0, math.inf, outcome.error)
+
+
+def _bigints(ids: Sequence[int]) -> str:
+    """An array as PostgreSQL reads it: a tenth of what psycopg takes to write a list of a thousand."""
+    return f"{{{','.join(map(str, ids))}}}"

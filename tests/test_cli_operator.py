@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from outbox_relay import config
 from outbox_relay.cli import app
 from tests.conftest import Connect, RunRelay
-from tests.support.writing import Connection, states
+from tests.support.writing import LANE, Connection, states
 
 OK, PROBLEM, USAGE = 0, 1, 2
 
@@ -104,7 +104,7 @@ def hold(connection: Connection, head: int, due: str = "2031-01-01") -> None:
     connection.execute(
         "INSERT INTO outbox_hold (aggregate_type, aggregate_id, lane, head_id, due_at, tries, attempts, "
         "                         first_refused_at, refused_at, error) "
-        "SELECT aggregate_type, aggregate_id, lane, id, %s, 5, 2, now(), now(), 'refused' FROM outbox WHERE id = %s",
+        f"SELECT aggregate_type, aggregate_id, {LANE}, id, %s, 5, 2, now(), now(), 'refused' FROM outbox WHERE id = %s",
         (due, head),
     )
 

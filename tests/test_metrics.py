@@ -372,6 +372,9 @@ class Blocking:
         self._blocks = blocks
         self._released = released
 
+    def room(self, limit: int) -> int:
+        return limit
+
     def publish(self, events: Sequence[Event], deadline: float) -> list[Reply] | Outage:
         if self._blocks.is_set():
             self._blocks.clear()

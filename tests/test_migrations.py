@@ -77,7 +77,7 @@ def test_upgrade_makes_what_the_metadata_says(empty_database_url: str, schema: s
     [
         "ALTER TABLE outbox ADD COLUMN extra int",
         "ALTER TABLE outbox ALTER COLUMN event_id DROP NOT NULL",
-        "ALTER TABLE outbox ALTER COLUMN version TYPE bigint",
+        "ALTER TABLE outbox ALTER COLUMN replay TYPE bigint",
         "DROP INDEX outbox_parked",
         "DROP TABLE outbox_hold",
     ],

@@ -21,7 +21,7 @@ from tests.conftest import Connect, MakeRelay, RunRelay
 from tests.support.gateway import Command, Gateway, refuse
 from tests.support.subscriber import Subscriber
 from tests.support.waiting import in_background, wait_until
-from tests.support.writing import Connection, backend_waits, fact, states, write
+from tests.support.writing import LANE, Connection, backend_waits, fact, states, write
 
 Subscribe = Callable[..., Subscriber]
 ORDER = ("order", "1")
@@ -71,7 +71,7 @@ def hold(connection: Connection, head: int, due: str = "1 hour", *, tries: int =
     connection.execute(
         "INSERT INTO outbox_hold (aggregate_type, aggregate_id, lane, head_id, due_at, tries, attempts, alone, "
         "                         first_refused_at, refused_at, error) "
-        "SELECT aggregate_type, aggregate_id, lane, id, "
+        f"SELECT aggregate_type, aggregate_id, {LANE}, id, "
         "       CASE WHEN %(due)s = 'infinity' THEN 'infinity' ELSE now() + nullif(%(due)s, 'infinity')::interval END, "
         "       %(tries)s, 2, true, now(), now(), 'refused' FROM outbox WHERE id = %(head)s",
         {"due": due, "tries": tries, "head": head},
@@ -273,7 +273,7 @@ def test_a_change_that_is_broken_off_says_how_much_is_done(connect: Connect, dat
     connection, relay = connect(), connect(autocommit=False)
     for n in range(40):
         add(connection, 1, "dead", aggregate=str(n))
-    lanes = [row[0] for row in connection.execute("SELECT DISTINCT lane FROM outbox ORDER BY lane")]
+    lanes = [row[0] for row in connection.execute(f"SELECT DISTINCT {LANE} FROM outbox ORDER BY 1")]
     relay.execute("SELECT FROM outbox_lane WHERE lane = %s FOR NO KEY UPDATE", (lanes[20],))
     with pytest.raises(OperatorError, match="events were done before that") as caught:
         Operator(database_url, lock_timeout=0.1).requeue(Filter())

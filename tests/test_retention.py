@@ -18,7 +18,7 @@ from outbox_relay.store import Store
 from tests.conftest import Connect, MakeRelay, StartRelay
 from tests.support.subscriber import Subscriber
 from tests.support.waiting import in_background, wait_until
-from tests.support.writing import Connection, backend_waits, states, write
+from tests.support.writing import LANE, Connection, backend_waits, states, write
 
 ENDED = ("delivered", "superseded", "expired", "dead", "discarded")
 SHORT_LIVED = ("delivered", "superseded")
@@ -140,7 +140,7 @@ def test_a_dead_event_that_an_order_waits_for_is_kept(connect: Connect, database
     connection.execute(
         "INSERT INTO outbox_hold (aggregate_type, aggregate_id, lane, head_id, due_at, tries, attempts, "
         "                         first_refused_at, refused_at) "
-        "SELECT aggregate_type, aggregate_id, lane, id, 'infinity', 0, 0, now(), now() FROM outbox WHERE id = %s",
+        f"SELECT aggregate_type, aggregate_id, {LANE}, id, 'infinity', 0, 0, now(), now() FROM outbox WHERE id = %s",
         (dead,),
     )
     for _ in range(12):

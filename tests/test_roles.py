@@ -116,7 +116,8 @@ FORBIDDEN_TO_RELAY = [
     "DROP INDEX outbox_pending",
     "ALTER TABLE outbox ADD COLUMN extra int",
     "ALTER TABLE outbox_hold OWNER TO CURRENT_USER",
-    "ALTER DOMAIN outbox_version DROP CONSTRAINT version_is_1_to_2_to_the_53_minus_1",
+    "ALTER TABLE outbox DISABLE TRIGGER outbox_written",
+    "DROP FUNCTION outbox_written CASCADE",
     "UPDATE outbox_relay_version SET version_num = 'x'",
 ]
 

@@ -75,6 +75,8 @@ class Wait:
 class Memory:
     """`Store` without a database."""
 
+    wake_up = None
+
     def __init__(self) -> None:
         self.now = 1_000.0
         self.rows: dict[int, Row] = {}
@@ -255,6 +257,9 @@ class Weather:
 
     def close(self) -> None:
         pass
+
+    def room(self, limit: int) -> int:
+        return limit
 
     def publish(self, events: Sequence[Event], deadline: float) -> list[Reply] | Outage:
         self._check(events)

@@ -523,9 +523,9 @@ def is_complete(connection: psycopg.Connection[Any]) -> bool:
     [row] = rows(
         connection,
         "kind::text, channels::text[], payload::text, tags, state::text, event_id IS NOT NULL, "
-        "lane BETWEEN 0 AND 255, clock_timestamp() - created_at < interval '1 minute', expires_at, traceparent",
+        "clock_timestamp() - created_at < interval '1 minute', expires_at, traceparent",
     )
-    return row == ("change", ["plain:a"], '{"status": "paid"}', None, "pending", True, True, True, None, None)
+    return row == ("change", ["plain:a"], '{"status": "paid"}', None, "pending", True, True, None, None)
 
 
 def test_a_plain_insert_from_psycopg(connect: Connect) -> None:
@@ -625,8 +625,7 @@ def test_the_tables_take_whatever_just_fits(connect: Connect) -> None:
 
 
 def test_what_the_relay_fills_in_is_not_taken_from_a_writer(connect: Connect) -> None:
-    """Ids rise as the database gives them and lanes follow from the aggregate: an INSERT can choose neither."""
+    """Ids rise as the database gives them: an INSERT cannot choose one."""
     connection = connect()
-    for change in ({"id": 1}, {"lane": 1}):
-        with pytest.raises(psycopg.errors.GeneratedAlways):
-            insert(connection, change)
+    with pytest.raises(psycopg.errors.GeneratedAlways):
+        insert(connection, {"id": 1})

@@ -14,6 +14,9 @@ from tests.support.waiting import wait_until
 
 Connection = psycopg.Connection[Any]
 
+LANE = "((hashtextextended(aggregate_type || '/' || aggregate_id, 0) & 255)::smallint)"
+"""The lane of an event, in SQL: the fixed hash of its aggregate."""
+
 
 def write(
     connection: Connection,
