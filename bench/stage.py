@@ -109,12 +109,12 @@ def cpu(*roots: int) -> float:
             parents[int(folder.name)] = int(fields[1])
             ticks[int(folder.name)] = sum(map(int, fields[11:15]))
     total = 0
-    for pid in ticks:
+    for pid, spent in ticks.items():
         ancestor = pid
         while ancestor not in roots and ancestor in parents:
             ancestor = parents[ancestor]
         if ancestor in roots:
-            total += ticks[pid]
+            total += spent
     return total / _TICKS
 
 

@@ -140,7 +140,7 @@ def deliver(
     counter = Counter()
     relay = Relay(
         open_store,
-        lambda: Publisher(api_url or centrifugo.api_url, centrifugo.api_key),
+        lambda: Publisher(api_url or centrifugo.api_url, centrifugo.api_key, parallel=True),
         Options(workers=1, limits=limits or Limits()),
         counter,
     )

@@ -39,11 +39,8 @@ HOT_RATE: Final = 100
 BACKLOG: Final = {"full": 50_000, "short": 50_000, "quick": 20_000}
 SECONDS: Final = {"full": 10.0, "short": 6.0, "quick": 4.0}
 
-# The lane is generated. Nothing is left of the rows: the transaction is rolled back.
 _LANES: Final = """
-INSERT INTO outbox (aggregate_type, aggregate_id, version, channels, payload)
-SELECT 'order', aggregate, 1, '{plain:nobody}', '{}' FROM unnest(%s::text[]) AS aggregate
-RETURNING aggregate_id::text, lane
+SELECT aggregate, hashtextextended('order' || '/' || aggregate, 0) & 255 FROM unnest(%s::text[]) AS aggregate
 """
 
 

@@ -97,8 +97,10 @@ class Side:
 
 BUSINESS: Final = Side("business", "business row alone")
 OURS_WAKE: Final = Side(
-    "us-wake", "our event, wake-up", _OURS, ("TRUNCATE outbox", "ALTER TABLE outbox ENABLE TRIGGER outbox_wake_up")
+    "us-wake", "our event, while a relay sleeps through it all: a NOTIFY from every writer", _OURS, ("TRUNCATE outbox",)
 )
+"""The worst case of the wake-up: in earnest the first NOTIFY ends the sleep, and `us` is what follows."""
+_ASLEEP: Final = "SELECT pg_advisory_lock(hashtextextended('outbox_relay', 'outbox'::regclass::oid::bigint))"
 NOTIFY: Final = Side(
     "centrifugo-notify", "Centrifugo's outbox row and NOTIFY", _NOTIFY, ("TRUNCATE centrifugo_outbox",)
 )
@@ -110,7 +112,7 @@ STREAM: Final = Side(
 )
 SIDES: Final = (
     BUSINESS,
-    Side("us", "our event", _OURS, ("TRUNCATE outbox", "ALTER TABLE outbox DISABLE TRIGGER outbox_wake_up")),
+    Side("us", "our event, wake-up included, no relay asleep", _OURS, ("TRUNCATE outbox",)),
     OURS_WAKE,
     Side("centrifugo", "Centrifugo's outbox row", _CENTRIFUGO, ("TRUNCATE centrifugo_outbox",)),
     NOTIFY,
@@ -183,7 +185,7 @@ class _Bed:
                 for statement in side.prepare:
                     connection.execute(statement)
             if reader is None:
-                return self._run(side, group, seconds)
+                return self._run(side, group, seconds, asleep=side is OURS_WAKE)
             with reader():
                 time.sleep(IDLE_SECONDS)
                 return self._run(side, group, seconds)
@@ -218,7 +220,7 @@ class _Bed:
             wait_for_workers(self.url, Settings.workers)
             yield
 
-    def _run(self, side: Side, group: Group, seconds: int) -> Sample:
+    def _run(self, side: Side, group: Group, seconds: int, *, asleep: bool = False) -> Sample:
         """Figures: CPU microseconds of PostgreSQL and bytes of WAL per transaction, those of a reader among them, and
         the event's part of the WAL."""
         script = _SCRIPT.format(
@@ -226,6 +228,8 @@ class _Bed:
             work=f"\\sleep {group.work} ms" if group.work else "",
         )
         with psycopg.connect(self.url, autocommit=True) as connection:
+            if asleep:
+                connection.execute(_ASLEEP)
             costs = Costs({"postgresql": [self.server.pid]})
             started_at = _wal_position(connection)
             done = pgbench.run(self.url, script, clients=group.clients, seconds=seconds, variables=VARIABLES)
