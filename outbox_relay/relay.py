@@ -44,6 +44,7 @@ WAVE_SHRINKAGE: Final = 4
 """A wave with less than this part of the first one's events waits for the next batch, with fuller company."""
 PROBE_LANES: Final = 4
 OTHERS_WAIT: Final = 0.02
+SLEEP_AT_MOST: Final = 0.5
 SIGN_OF_LIFE_EVERY: Final = 1.0
 RETRY_AFTER_MAX: Final = 60.0
 
@@ -532,8 +533,13 @@ class Relay:
             idle = min(idle * 2, self._options.poll_max)
 
     def _rest(self, store: Store, seconds: float) -> bool:
-        """Wait for `seconds` or until an event is committed, and return whether that is known to have happened."""
-        told = store.wake_up.sleep(seconds) if store.wake_up else None
+        """Wait for `seconds` or until an event is committed, and return whether that is known to have happened.
+
+        The first look comes soon, without the trouble of falling asleep for it. A sleeper does not hear `stop`.
+        """
+        told = None
+        if store.wake_up and seconds > self._options.poll_min:
+            told = store.wake_up.sleep(min(self._options.poll_max, SLEEP_AT_MOST))
         if told is None:
             self._shared.stopping.wait(seconds)
         return bool(told)
