@@ -49,10 +49,9 @@ class Panel(NamedTuple):
 
 
 def number(value: float) -> str:
-    """Three significant digits at least, thousands apart."""
-    if value == 0 or abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
+    """Three significant digits, or all of the whole part, thousands apart."""
+    rounded = float(f"{value:.3g}")
+    return f"{value:,.0f}" if rounded == 0 or abs(rounded) >= 100 else f"{rounded:#.3g}"
 
 
 def svg(title: str, panels: Sequence[Panel]) -> str:

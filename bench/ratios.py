@@ -216,6 +216,15 @@ RATIOS: Final = (
     *_latencies(),
     *_writers(),
     *_flat(),
+    Ratio(
+        "cold",
+        "cold aggregates' p99, beside a hot one ÷ without",
+        Of(("cold/beside/us",)),
+        Of(("cold/without/us",)),
+        1.5,
+        1.2,
+        "lower",
+    ),
     *_idle(),
     Ratio(
         "python",

@@ -179,7 +179,7 @@ def _alarms(run: Run, scores: Sequence[Score]) -> Iterator[str]:
 def _facts(run: Run) -> Iterator[tuple[str, str]]:
     yield "commit", run.commit
     yield "measured", " to ".join(dict.fromkeys(run.dates))
-    yield "form", f"{run.mode}, {run.repetitions} repetitions unless a table says otherwise"
+    yield "form", f"{run.mode}; repetitions unless a table says otherwise: {run.repetitions}"
     for facts in (run.machine, run.versions):
         yield from ((name.replace("_", " "), str(value)) for name, value in facts.items())
 
@@ -256,7 +256,8 @@ def _on_paper(run: Run) -> Iterator[str]:
     cpu_us = {name: statistics.median(samples) for name, samples in floor.figures.items()}
     yield "### On paper: PostgreSQL, relays and Centrifugo on hosts of their own"
     yield ON_PAPER
-    tables = {relays: ceilings(cpu_us, run.machine["cores"], relays) for relays in (1, 2, 4, 8)}
+    cores = run.machine["cores"]
+    tables = {relays: ceilings(cpu_us, cores, relays) for relays in (1, 2, 4, 8, 16) if relays <= cores}
     yield _table(
         ("relay processes", "saturates first", "then", "then"),
         (

@@ -50,8 +50,8 @@ This relay alone: every outbox against one that holds nothing else. Centrifugo's
 published, so it keeps no rows; and it puts no single aggregate on hold: an internal error stops the whole partition,
 and an event refused for another reason is dropped.""",
     "cold": """\
-This relay alone: the latency of aggregates that have little to say, beside one that never stops, against the same
-without it.""",
+This relay alone: the latency of aggregates that have little to say, beside one that has a backlog, against the same
+without it. Those that share the hot one's lane, one in 256, wait for its events and have a row of their own.""",
     "hot": """\
 One aggregate: in strict order every event waits for the answer to the one before. Centrifugo's consumer publishes its
 partition's rows one after the other without leaving its process; an event that Centrifugo refuses is dropped, and its

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import harness, load, report, witness
+from bench.charts import number
 from bench.harness import FULL, QUICK, Mode, Result, Row, Sample, WrongRunError
 from bench.ratios import RATIOS, Of, Ratio, judged
 from bench.report_text import NOTES
@@ -48,8 +49,8 @@ def message(payload: bytes, fragments: int = 1) -> bytes:
     size = -(-len(payload) // fragments)
     parts = [payload[at : at + size] for at in range(0, len(payload), size)]
     frames = []
-    for number, part in enumerate(parts):
-        head = (0x00 if number else 0x01) | (0x80 if number == len(parts) - 1 else 0x00)
+    for place, part in enumerate(parts):
+        head = (0x00 if place else 0x01) | (0x80 if place == len(parts) - 1 else 0x00)
         if len(part) < 126:
             length = bytes([len(part)])
         elif len(part) < 1 << 16:
@@ -364,6 +365,22 @@ def test_what_was_not_measured_does_not_hold() -> None:
     assert judged(HIGHER, by_key(result("them", [9]))).verdict == "not measured"
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (0.04567, "0.0457"),
+        (0.9999, "1.00"),
+        (1.5, "1.50"),
+        (99.96, "100"),
+        (1234.5, "1,234"),
+        (1e6, "1,000,000"),
+    ],
+)
+def test_numbers_are_short(value: float, text: str) -> None:
+    assert number(value) == text
+
+
 def test_the_table_is_sound() -> None:
     assert len({ratio.id for ratio in RATIOS}) == len({ratio.title for ratio in RATIOS}) == len(RATIOS)
     for ratio in RATIOS:
@@ -411,7 +428,7 @@ def test_the_report_is_complete(folder: Path, document: Path) -> None:
     assert re.findall(r"^## .*", text, re.MULTILINE)[3:] == [
         f"## <{name}> & more" for name in ("Drain", "Scale", "Floor")
     ]
-    for fact in ("abc1234", "a CPU", "18.6", "full, 5 repetitions", *(ratio.title for ratio in RATIOS)):
+    for fact in ("abc1234", "a CPU", "18.6", "full; ", *(ratio.title for ratio in RATIOS)):
         assert fact in text
     assert "| DRAIN/REDIS/PLAIN/US (`us`) | events/s | 21.0 | 20.0 to 22.0 | 3 |" in text
     assert "1.91 | 1.83 to 2.00 | **MISSED** | `drain/redis/plain/us` ÷ `centrifugo-8` |" in text
