@@ -44,7 +44,10 @@ From commit to subscriber, at a steady rate that does not wait for anybody (open
 broker takes the place of Centrifugo's engine; what is committed while no node runs reaches subscribers by recovery
 only.""",
     "writers": """\
-What an event costs the transaction that writes it: one UPDATE of a business row, and the named addition.""",
+What an event costs the transaction that writes it: one UPDATE of a business row, and the named addition. All our rows
+have the trigger of the wake-up, which sends NOTIFY only while a relay is asleep. Without readers, `us` is the case in
+which none is asleep; `us-wake` is the worst case, in which one is kept asleep so that every writer sends NOTIFY. It is
+not scored, because the first NOTIFY ends a real relay's sleep. In the group `8-read` each side's own reader runs.""",
     "flat": """\
 This relay alone: every outbox against one that holds nothing else. Centrifugo's consumer deletes what it has
 published, so it keeps no rows; and it puts no single aggregate on hold: an internal error stops the whole partition,
