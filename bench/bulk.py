@@ -46,13 +46,15 @@ SELECT 'order' AS aggregate_type, %(name)s || '-' || n %% %(aggregates)s AS aggr
 _COLUMNS: Final = "aggregate_type, aggregate_id, version, channels, payload, state, settled_at"
 
 _APPEND: Final = f"""
-INSERT INTO outbox ({_COLUMNS}) {_ROWS} FROM generate_series(%(first)s::bigint, %(first)s::bigint + %(events)s::bigint - 1) AS n ORDER BY n
+INSERT INTO outbox ({_COLUMNS})
+{_ROWS} FROM generate_series(%(first)s::bigint, %(first)s::bigint + %(events)s::bigint - 1) AS n ORDER BY n
 """
 
 # Ids are given, so that sessions side by side keep id order version order.
 _FILL: Final = f"""
 INSERT INTO outbox (id, {_COLUMNS}) OVERRIDING SYSTEM VALUE
-SELECT %(first_id)s + n, s.* FROM generate_series(%(part_first)s::bigint, %(part_last)s::bigint) AS n CROSS JOIN LATERAL ({_ROWS}) AS s
+SELECT %(first_id)s + n, s.*
+FROM generate_series(%(part_first)s::bigint, %(part_last)s::bigint) AS n CROSS JOIN LATERAL ({_ROWS}) AS s
 """
 
 _CONSTRAINTS: Final = """

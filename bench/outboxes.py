@@ -107,7 +107,7 @@ def write_steadily(outbox: Refilled, rate: int, enough: threading.Event) -> None
 
 @contextmanager
 def in_background(work: Callable[[threading.Event], None]) -> Iterator[None]:
-    """Run `work` in a thread beside the `with` block and raise what it raises; the event says that the block has ended."""
+    """Run `work` in a thread beside the `with` block and raise what it raises; the event says that the block ended."""
     enough = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(work, enough)

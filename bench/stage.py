@@ -97,7 +97,7 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def cpu(*roots: int) -> float:
-    """CPU seconds, user and system, of these processes and all below them, those that have ended and were waited for included."""
+    """CPU seconds, user and system, of these processes and all below them, those included that were waited for."""
     parents: dict[int, int] = {}
     ticks: dict[int, int] = {}
     for folder in Path("/proc").iterdir():

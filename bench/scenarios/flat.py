@@ -48,7 +48,8 @@ CHURN_SETTINGS: Final = {"backoff_max": 1, "log_level": "error"}
 _HOLD: Final = """
 INSERT INTO outbox_hold (aggregate_type, aggregate_id, lane, due_at, head_id, tries, attempts, first_refused_at,
                          refused_at)
-SELECT aggregate_type, aggregate_id, hashtextextended(aggregate_type || '/' || aggregate_id, 0) & 255, now() + interval '1 day', min(id), 1, 0, now(), now()
+SELECT aggregate_type, aggregate_id, hashtextextended(aggregate_type || '/' || aggregate_id, 0) & 255,
+       now() + interval '1 day', min(id), 1, 0, now(), now()
 FROM outbox WHERE state = 'parked' GROUP BY aggregate_type, aggregate_id
 """
 
