@@ -47,8 +47,7 @@ class Centrifugo:
         verify: ssl.SSLContext | bool = True,
     ) -> None:
         self.timeout = timeout
-        self._parallel = parallel
-        self._pace = Pace()
+        self._pace = Pace(parallel)
         self._api = api_url(url)
         self._deadline = Deadline()
         self._client = httpx.Client(
@@ -68,7 +67,7 @@ class Centrifugo:
 
     def room(self, limit: int) -> int:
         """How many events the next requests may hold, at most `limit`."""
-        return limit if self._parallel is not None else self._pace.room(limit)
+        return self._pace.room(limit)
 
     def publish(self, events: Sequence[Event], deadline: float | None = None) -> list[Reply] | Outage:
         """Publish one request, and say for each event, in order, what became of it.
@@ -77,7 +76,7 @@ class Centrifugo:
         """
         too_deep = {n for n, event in enumerate(events) if _too_deep(event.payload)}
         sent = [event for n, event in enumerate(events) if n not in too_deep] if too_deep else events
-        parallel = self._pace.choose(len(sent)) if self._parallel is None else self._parallel and len(sent) > 1
+        parallel = self._pace.choose(len(sent))
         body = encode_batch(sent, parallel=parallel)
         started = boottime()
         answer = self._batch(body, len(sent), deadline)

@@ -21,28 +21,31 @@ difference, not a ratio: the way to Centrifugo and back is in both."""
 
 
 class Pace:
-    """One connection's choice, from the times of its own requests."""
+    """One connection's choice: `parallel` where it is given, else what the times of its own requests say."""
 
-    def __init__(self) -> None:
-        self._parallel = True
+    def __init__(self, parallel: bool | None = None) -> None:
+        self._fixed = parallel is not None
+        self._parallel = parallel is not False
         self._tried: dict[bool, list[float]] = {True: [], False: []}
         self._decided_at: float | None = None
 
     def room(self, limit: int) -> int:
         """How many events the next requests may hold at most: few while both ways are tried."""
+        if self._fixed:
+            return limit
         if self._decided_at is not None and boottime() - self._decided_at > TRY_EVERY:
             self._decided_at = None
         return limit if self._decided_at is not None else min(limit, TRY_EVENTS)
 
     def choose(self, events: int) -> bool:
         """Whether a request of so many events should ask for `parallel`."""
-        if self._decided_at is not None or events < TRY_EVENTS:
+        if self._fixed or self._decided_at is not None or events < TRY_EVENTS:
             return self._parallel and events > 1
         return len(self._tried[True]) <= len(self._tried[False])
 
     def note(self, events: int, seconds: float, *, parallel: bool) -> None:
         """Take note of a request that was answered, and decide once both ways were tried often enough."""
-        if self._decided_at is not None or events != TRY_EVENTS:
+        if self._fixed or self._decided_at is not None or events != TRY_EVENTS:
             return
         self._tried[parallel].append(seconds)
         if min(map(len, self._tried.values())) >= TRIES:

@@ -9,7 +9,7 @@ import enum
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
 from types import TracebackType
 from typing import Final, Protocol, Self
@@ -21,7 +21,6 @@ from outbox_relay.outcome import (
     ACCEPTED,
     INTERNAL,
     UNANSWERED,
-    Dead,
     Event,
     Held,
     Outage,
@@ -301,18 +300,10 @@ class Worker:
 def _log_outcomes(delivered: int, settlements: Iterable[Settlement]) -> None:
     for event, outcome, _ in settlements:
         about = {"event_id": event.id, "aggregate_type": event.aggregate_type, "aggregate_id": event.aggregate_id}
-        match outcome:
-            case Held():
-                log.warning(
-                    "event refused, its aggregate waits",
-                    **about,
-                    tries=outcome.tries,
-                    attempts=outcome.attempts,
-                    seconds=round(outcome.delay, 1),
-                    error=outcome.error,
-                )
-            case Dead():
-                log.error("event is dead", **about, error=outcome.error)
+        if isinstance(outcome, Held):
+            log.warning("event refused, its aggregate waits", **about, **asdict(outcome))
+        else:
+            log.error("event is dead", **about, error=outcome.error)
     if delivered:
         log.debug("delivered", events=delivered)
 
@@ -479,24 +470,16 @@ class Relay:
         progress = self._shared.progress[number]
         chores = Chores(self._options.keep, self._options.keep_dead) if number == 0 else None
         failures = 0
-
-        def recovered() -> None:
-            nonlocal failures
-            if failures:
-                log.info("database is back", worker=number)
-            failures = 0
-            progress.has_database = True
-
         try:
             while not stopping.is_set():
                 try:
                     with closing(self._open_store()) as store, closing(self._open_publisher()) as publisher:
                         worker = Worker(store, publisher, self._options, self._shared)
-                        self._deliver(worker, store, progress, recovered, chores)
+                        self._deliver(worker, store, number, chores)
                 except DatabaseUnavailableError as error:
                     progress.alive()
+                    failures = failures + 1 if progress.has_database is False else 1
                     progress.has_database = False
-                    failures += 1
                     if failures == 1:
                         log.warning("database lost, connecting again", worker=number, reason=str(error))
                     stopping.wait(backoff(failures, self._options.pause_min, self._options.pause_max))
@@ -505,23 +488,18 @@ class Relay:
             self._ended = Ended.FAILED
             stopping.set()
 
-    def _deliver(
-        self,
-        worker: Worker,
-        store: Store,
-        progress: Progress,
-        succeeded: Callable[[], None],
-        chores: Chores | None,
-    ) -> None:
+    def _deliver(self, worker: Worker, store: Store, number: int, chores: Chores | None) -> None:
         """Batches at once while there is work, growing waits while there is none, until asked to stop."""
-        stopping = self._shared.stopping
+        stopping, progress = self._shared.stopping, self._shared.progress[number]
         told = False
         idle = self._options.poll_min
         while not stopping.is_set():
             progress.alive()
             with self._shared.pause.turn(stopping, progress):
                 busy = not stopping.is_set() and (told or store.anything_to_do()) and worker.run_once()
-            succeeded()
+            if progress.has_database is False:
+                log.info("database is back", worker=number)
+            progress.has_database = True
             if chores is not None:
                 chores.do(store)
             if busy:
@@ -537,9 +515,8 @@ class Relay:
 
         The first look comes soon, without the trouble of falling asleep for it. A sleeper does not hear `stop`.
         """
-        told = None
-        if store.wake_up and seconds > self._options.poll_min:
-            told = store.wake_up.sleep(min(self._options.poll_max, SLEEP_AT_MOST))
+        wake_up = store.wake_up if seconds > self._options.poll_min else None
+        told = wake_up.sleep(min(self._options.poll_max, SLEEP_AT_MOST)) if wake_up else None
         if told is None:
             self._shared.stopping.wait(seconds)
         return bool(told)

@@ -180,6 +180,8 @@ ON CONFLICT (aggregate_type, aggregate_id) DO UPDATE SET
                             ELSE excluded.first_refused_at END
 """
 
+_HELD_COLUMNS: Final = ("types", "aggregates", "lanes", "ids", "delays", "tries", "attempts", "alone", "errors")
+
 # The hold ends when nothing of the aggregate is parked any more; else its next event is due now, as a new head.
 _RELEASE: Final = """
 WITH due AS (
@@ -311,17 +313,8 @@ class Store(Upkeep):
             self.execute(_DEAD, ids=[event.id for event, _ in dead], errors=[error for _, error in dead])
         held = [(s.event, _hold(s.outcome)) for s in refused if isinstance(s.outcome, Held) or s.outcome.wait]
         if held:
-            columns = {
-                "types": [event.aggregate_type for event, _ in held],
-                "aggregates": [event.aggregate_id for event, _ in held],
-                "lanes": [event.lane for event, _ in held],
-                "ids": [event.id for event, _ in held],
-                "delays": [outcome.delay for _, outcome in held],
-                "tries": [outcome.tries for _, outcome in held],
-                "attempts": [outcome.attempts for _, outcome in held],
-                "alone": [outcome.alone for _, outcome in held],
-                "errors": [outcome.error for _, outcome in held],
-            }
+            rows = [(*e.aggregate, e.lane, e.id, h.delay, h.tries, h.attempts, h.alone, h.error) for e, h in held]
+            columns = dict(zip(_HELD_COLUMNS, map(list, zip(*rows, strict=True)), strict=True))
             self.execute(_HEAD_PARKED, **columns)
             self.execute(_HOLD, **columns)
         for event, _, accepted in refused:

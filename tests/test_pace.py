@@ -49,3 +49,12 @@ def test_it_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     now += TRY_EVERY + 1
     decide(own, one_by_one=10e-6, side_by_side=14e-6)
     assert own.choose(LIMIT) is False
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_setting_is_not_doubted(*, parallel: bool) -> None:
+    own = Pace(parallel)
+    assert own.room(LIMIT) == LIMIT
+    for _ in range(10 * TRIES):
+        assert own.choose(TRY_EVENTS) is parallel
+        own.note(TRY_EVENTS, 1.0, parallel=parallel)
