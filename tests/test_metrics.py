@@ -139,7 +139,7 @@ def test_holds_and_deaths_are_counted(
         held = site.value("events_total", outcome="held")
         assert held is not None
         assert held >= 2
-        assert site.verdict("/ready") == (200, {"ready": True})
+        wait_until(lambda: site.verdict("/ready") == (200, {"ready": True}), "the second worker is up, too")
 
 
 def test_the_age_of_the_oldest_event_counts_from_insert_and_from_commit(tracking_url: str) -> None:
