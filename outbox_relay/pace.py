@@ -39,7 +39,7 @@ class Pace:
 
     def choose(self, events: int) -> bool:
         """Whether a request of so many events should ask for `parallel`."""
-        if self._fixed or self._decided_at is not None or events < TRY_EVENTS:
+        if self._fixed or self._decided_at is not None or events != TRY_EVENTS:
             return self._parallel and events > 1
         return len(self._tried[True]) <= len(self._tried[False])
 

@@ -58,3 +58,11 @@ def test_a_setting_is_not_doubted(*, parallel: bool) -> None:
     for _ in range(10 * TRIES):
         assert own.choose(TRY_EVENTS) is parallel
         own.note(TRY_EVENTS, 1.0, parallel=parallel)
+
+
+def test_a_large_request_is_never_sent_one_by_one_to_find_out() -> None:
+    """A group of suspects may be larger than what a trial holds; a slow broker would not be done with it in time."""
+    own = Pace()
+    own.note(TRY_EVENTS, 1.0, parallel=True)
+    assert own.choose(TRY_EVENTS) is False
+    assert own.choose(LIMIT) is True
