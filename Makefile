@@ -8,6 +8,8 @@ JOBS   ?= 4
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
 STAMP   := .venv/.ready-$(VERSION)
 LOWEST  := .venv-lowest/.ready-$(VERSION)
+# What tests need and no wheel has, as Debian calls it.
+DEBIAN  := postgresql
 COMPILE := .venv/bin/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11
 
 .DEFAULT_GOAL := help
@@ -21,6 +23,10 @@ help: ## List the targets
 setup: $(STAMP) ## Make the environment ready: Python packages, PostgreSQL, Centrifugo
 	@.venv/bin/python -c 'from outbox_relay.embedded.centrifugo import find_or_build; find_or_build()'
 
+.PHONY: debian
+debian: ## Install the Debian packages that some tests need, where that can be done (as root)
+	@tools/debian-packages $(DEBIAN)
+
 .PHONY: demo
 demo: setup ## Run the main job on real servers (ARGS='--seconds 60')
 	@.venv/bin/outbox-relay demo $(ARGS)
@@ -30,12 +36,12 @@ picture: setup ## Make docs/demo.svg anew
 	@.venv/bin/python tools/picture.py
 
 .PHONY: test
-test: setup $(LOWEST) ## Run the whole test suite, then again with the oldest dependencies (ARGS='-k name')
+test: setup debian $(LOWEST) ## Run the whole test suite, then again with the oldest dependencies (ARGS='-k name')
 	.venv/bin/python -m pytest -n $(JOBS) $(ARGS)
 	@$(MAKE) test-lowest
 
 .PHONY: test-lowest
-test-lowest: setup $(LOWEST) ## Run the suite with the oldest dependencies alone
+test-lowest: setup debian $(LOWEST) ## Run the suite with the oldest dependencies alone
 	.venv-lowest/bin/python -m pytest -n $(JOBS) -p no:cacheprovider --ignore tests/test_embedded.py $(ARGS)
 
 .PHONY: bench

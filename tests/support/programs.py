@@ -1,11 +1,31 @@
-"""PostgreSQL's own programs, run against a test's database."""
+"""Programs that tests run: PostgreSQL's own against a test's database, and those that only Debian has."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
 
 from outbox_relay.embedded.postgres import find_binaries
+
+
+def debian_program(name: str, package: str) -> Path:
+    """The newest program of this name that a Debian package brought, as `make debian` does.
+
+    Where there is none the test is skipped, and fails where `CI` is `true`.
+    """
+    servers = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda folder: float(folder.parent.name))
+    folders = [*map(str, reversed(servers)), os.environ.get("PATH", os.defpath), "/usr/sbin"]
+    if found := shutil.which(name, path=os.pathsep.join(folders)):
+        return Path(found)
+    message = f"no {name}: make debian, as root (apt install {package})"
+    if os.environ.get("CI") == "true":
+        pytest.fail(message)
+    pytest.skip(message)
 
 
 def psql(url: str, *arguments: str) -> None:
