@@ -81,13 +81,9 @@ def standby(primary: Postgres) -> Iterator[Postgres]:
     folder = Path(tempfile.mkdtemp(prefix="outbox-relay-standby-"))
     folder.chmod(0o755)
     data = folder / "data"
-    command = [
-        find_binaries() / "pg_basebackup",
-        "--checkpoint=fast",
-        "--wal-method=stream",
-        f"--dbname={primary.url()}",
-    ]
-    subprocess.run([*command, "--pgdata", data], check=True, capture_output=True)
+    program, source = find_binaries() / "pg_basebackup", f"--dbname={primary.url()}"
+    command = [program, "--checkpoint=fast", "--wal-method=stream", source, "--pgdata", data]
+    subprocess.run(command, check=True, capture_output=True)
     (data / "standby.signal").touch()
     if os.geteuid() == 0:
         nobody = pwd.getpwnam("nobody")
