@@ -81,8 +81,8 @@ def standby(primary: Postgres) -> Iterator[Postgres]:
     folder = Path(tempfile.mkdtemp(prefix="outbox-relay-standby-"))
     folder.chmod(0o755)
     data = folder / "data"
-    program, source = find_binaries() / "pg_basebackup", f"--dbname={primary.url()}"
-    command = [program, "--checkpoint=fast", "--wal-method=stream", source, "--pgdata", data]
+    program, source = str(find_binaries() / "pg_basebackup"), f"--dbname={primary.url()}"
+    command = [program, "--checkpoint=fast", "--wal-method=stream", source, f"--pgdata={data}"]
     subprocess.run(command, check=True, capture_output=True)
     (data / "standby.signal").touch()
     if os.geteuid() == 0:
