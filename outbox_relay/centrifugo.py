@@ -15,6 +15,7 @@ from typing import Any, Final
 import httpx
 import orjson
 
+from outbox_relay.log import MASK, printable
 from outbox_relay.outcome import ACCEPTED, Event, Outage, Refusal, Reply, boottime
 from outbox_relay.pace import Pace
 from outbox_relay.transport import Deadline, DeadlineTransport
@@ -25,6 +26,7 @@ MAX_DEPTH: Final = 9_990
 BAD_REQUEST: Final = 107
 _REPLY_BYTES_PER_COMMAND: Final = 4096
 _REPLY_FLOOR: Final = 64 * 1024
+_MESSAGE: Final = 200
 _STRINGS: Final = re.compile(r'"(?:[^"\\]|\\.)*"')
 _quote: Final = json.encoder.encode_basestring
 
@@ -47,11 +49,13 @@ class Centrifugo:
         verify: ssl.SSLContext | bool = True,
     ) -> None:
         self.timeout = timeout
+        self._key = api_key
         self._pace = Pace(parallel)
         self._api = api_url(url)
         self._deadline = Deadline()
+        self._transport = DeadlineTransport(self._deadline, verify)
         self._client = httpx.Client(
-            transport=DeadlineTransport(self._deadline, verify),
+            transport=self._transport,
             headers={
                 "X-API-Key": api_key,
                 "Content-Type": "application/json",
@@ -87,7 +91,7 @@ class Centrifugo:
             replies = [
                 ACCEPTED
                 if len(event.channels) == 1 and type(reply.get("publish")) is dict and "error" not in reply
-                else _reply(event, reply)
+                else self._reply(event, reply)
                 for event, reply in zip(sent, answer, strict=True)
             ]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -105,6 +109,7 @@ class Centrifugo:
 
     def _batch(self, body: bytes, commands: int, deadline: float | None) -> list[Any] | Outage:
         self._deadline.at = boottime() + self.timeout if deadline is None else deadline
+        self._transport.drop_surplus()
         try:
             with self._client.stream("POST", f"{self._api}/batch", content=body) as response:
                 if response.status_code != 200:
@@ -113,9 +118,9 @@ class Centrifugo:
         except httpx.TimeoutException as error:
             return Outage(f"no answer within {self.timeout:g} s ({type(error).__name__})")
         except httpx.ConnectError as error:
-            return Outage(_describe(error))
+            return Outage(self._describe(error))
         except httpx.HTTPError as error:
-            return Outage(_describe(error), verdict=_CUT)
+            return Outage(self._describe(error), verdict=_CUT)
         if content is None:
             return Outage("the reply is larger than any reply of Centrifugo's", verdict=200)
         try:
@@ -128,6 +133,32 @@ class Centrifugo:
         if len(replies) != commands:
             return Outage(f"{len(replies)} replies to {commands} commands", verdict=200)
         return replies
+
+    def _reply(self, event: Event, reply: Any) -> Reply:
+        """The answer for an event that was not plainly accepted on its only channel. Raises where it is no answer."""
+        channels = event.unsent
+        error = reply.get("error")
+        if error is not None:
+            return Reply(tuple(self._refusal(channel, error) for channel in channels))
+        responses = reply["broadcast"]["responses"] if len(channels) > 1 else [reply["publish"]]
+        errors = [(channel, response.get("error")) for channel, response in zip(channels, responses, strict=True)]
+        refusals = tuple(self._refusal(channel, error) for channel, error in errors if error is not None)
+        return Reply(refusals, tuple(channel for channel, error in errors if error is None)) if refusals else ACCEPTED
+
+    def _refusal(self, channel: str, error: Mapping[str, Any]) -> Refusal:
+        code = error["code"]
+        if type(code) is not int or code < 1:
+            raise ValueError("not a code of Centrifugo's")
+        return Refusal(channel, code, self._quoted(str(error.get("message", ""))))
+
+    def _describe(self, error: httpx.HTTPError) -> str:
+        text = self._quoted(" ".join(str(error).split()))
+        return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+    def _quoted(self, text: str) -> str:
+        """What a server said, fit for logs, a terminal and PostgreSQL, which takes no NUL; the key is masked."""
+        masked = text.replace(self._key, MASK) if self._key else text
+        return printable(masked[:_MESSAGE])[:_MESSAGE]
 
 
 def api_url(url: str) -> httpx.URL:
@@ -164,22 +195,6 @@ def _command(event: Event) -> str:
         f'"ob_id":{_quote(event.aggregate_id)},"ob_version":"{event.version}","ob_event":"{event.event_id}",'
         f'"ob_kind":"{event.kind}"{own_tags}}}}}'
     )
-
-
-def _reply(event: Event, reply: Any) -> Reply:
-    """The answer for an event that was not plainly accepted on its only channel. Raises where it is no answer."""
-    channels = event.unsent
-    error = reply.get("error")
-    if error is not None:
-        return Reply(tuple(_refusal(channel, error) for channel in channels))
-    responses = reply["broadcast"]["responses"] if len(channels) > 1 else [reply["publish"]]
-    errors = [(channel, response.get("error")) for channel, response in zip(channels, responses, strict=True)]
-    refusals = tuple(_refusal(channel, error) for channel, error in errors if error is not None)
-    return Reply(refusals, tuple(channel for channel, error in errors if error is None)) if refusals else ACCEPTED
-
-
-def _refusal(channel: str, error: Mapping[str, Any]) -> Refusal:
-    return Refusal(channel, int(error["code"]), str(error.get("message", ""))[:200])
 
 
 def _too_deep(payload: str) -> bool:
@@ -227,8 +242,3 @@ def _status_outage(response: httpx.Response) -> Outage:
 def _retry_after(response: httpx.Response) -> float | None:
     value = response.headers.get("Retry-After", "")
     return float(value) if value.isascii() and value.isdigit() else None
-
-
-def _describe(error: httpx.HTTPError) -> str:
-    text = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -60,6 +60,15 @@ def configure(form: Literal["console", "json"], level: str, secrets: Iterable[st
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
+def printable(text: str) -> str:
+    """Text that came from elsewhere, as one line: what would end it, move the cursor or turn the writing is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
 class Redactor:
     """Replace every secret in whatever is about to be written, wherever it came from."""
 

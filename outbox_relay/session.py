@@ -33,7 +33,11 @@ class Session:
         wake_up: bool = True,
     ) -> None:
         self._connection = connect(database_url)
-        direct = self._prepare()
+        try:
+            direct = self._prepare()
+        except BaseException:
+            self._connection.close()
+            raise
         self.wake_up = (
             WakeUp(self._connection, sql.Identifier(schema, "outbox").as_string()) if direct and wake_up else None
         )
@@ -67,7 +71,7 @@ class Session:
         A pooler answers with a process id of its own.
         """
         try:
-            row = self._connection.execute("SELECT pg_backend_pid()").fetchone()
+            row = self._connection.execute("SELECT pg_catalog.pg_backend_pid()").fetchone()
         except psycopg.Error as error:
             raise DatabaseUnavailableError(one_line(error)) from error
         direct = row == (self._connection.info.backend_pid,)

@@ -45,6 +45,16 @@ class DeadlineTransport(httpx.HTTPTransport):
             network_backend=_Backend(deadline),
         )
 
+    def drop_surplus(self) -> None:
+        """Close a kept-alive connection that holds more than the last answer.
+
+        httpcore would take those bytes, of a proxy that answers twice, for the answer to the next request.
+        """
+        for connection in self._pool.connections:
+            http11 = connection._connection  # type: ignore[attr-defined]  # noqa: SLF001 - no public name tells it
+            if http11 is not None and http11._h11_state.trailing_data[0]:  # noqa: SLF001
+                connection.close()
+
 
 class _Backend(httpcore.NetworkBackend):
     def __init__(self, deadline: Deadline) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import sqlalchemy as sa
 from psycopg import sql
 
+from outbox_relay.database import DatabaseUnavailableError
 from outbox_relay.embedded.postgres import Postgres
 from outbox_relay.migrations import migrate
 from outbox_relay.outbox import Outbox
@@ -305,3 +307,21 @@ def test_hazard_48_hostile_schema_names(
             "SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace WHERE relname = 'outbox'"
         ).fetchone()
         assert left == (0,)
+
+
+def test_a_session_that_cannot_be_prepared_is_closed(connect: Connect, database_url: str) -> None:
+    """Whoever keeps the error, and with it the half-made session, does not keep a connection."""
+    admin = connect()
+    name = f"powerless-{uuid.uuid4().hex}"
+    role = sql.Identifier(name)
+    admin.execute(sql.SQL("CREATE ROLE {} LOGIN").format(role))
+    try:
+        admin.execute("REVOKE EXECUTE ON FUNCTION pg_backend_pid() FROM PUBLIC")
+        url = sa.make_url(database_url).set(username=name).render_as_string(hide_password=False)
+        with pytest.raises(DatabaseUnavailableError, match="permission denied for function pg_backend_pid") as kept:
+            Store(url)
+        query = "SELECT count(*) FROM pg_stat_activity WHERE usename = %s"
+        wait_until(lambda: admin.execute(query, [name]).fetchone() == (0,), "the connection is closed")
+        assert kept.tb is not None
+    finally:
+        admin.execute(sql.SQL("DROP ROLE {}").format(role))

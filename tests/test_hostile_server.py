@@ -1,0 +1,114 @@
+"""Whoever answers in Centrifugo's place can refuse, delay and lie; no answer stops a relay or passes for another's.
+
+The servers here are stand-ins: no Centrifugo answers like this.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+
+import pytest
+
+from outbox_relay.centrifugo import Centrifugo as Publisher
+from outbox_relay.outcome import Event, Outage, Refusal, Reply
+from tests.conftest import Connect, MakeRelay
+from tests.support.gateway import Exchange, Gateway
+from tests.support.waiting import wait_until
+from tests.support.writing import states, write
+
+EVENT = Event(1, "00000000-0000-0000-0000-000000000001", "order", "1", 0, 1, "change", ["a"], "{}", None, None, 0.0)
+
+
+def refusing(error: object) -> Callable[[Exchange], None]:
+    """Every event is refused with this error."""
+    return lambda exchange: exchange.answer(
+        200, json.dumps({"replies": [{"error": error}] * len(exchange.commands)}).encode()
+    )
+
+
+@contextmanager
+def answers(*bodies: Sequence[bytes]) -> Iterator[str]:
+    """A server that writes to its n-th request the n-th sequence of replies at once, and its URL."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        left = list(bodies)
+
+        def serve(connection: socket.socket) -> None:
+            with closing(connection), connection.makefile("rb") as lines:
+                while line := lines.readline():
+                    if line.lower().startswith(b"content-length:"):
+                        size = int(line.split()[1])
+                    if line == b"\r\n":
+                        lines.read(size)
+                        connection.sendall(b"".join(map(response, left.pop(0))))
+
+        def accept() -> None:
+            for _ in bodies:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                threading.Thread(target=serve, args=(connection,), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def response(body: bytes) -> bytes:
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+ACCEPTED = b'{"replies":[{"publish":{}}]}'
+REFUSED = b'{"replies":[{"error":{"code":107,"message":"bad request"}}]}'
+
+
+def test_an_answer_too_many_is_not_taken_for_the_next_one() -> None:
+    """A proxy that answers twice: the second answer says that the next event was accepted, which Centrifugo refused."""
+    with answers([REFUSED, ACCEPTED], [REFUSED], [REFUSED]) as url, closing(Publisher(url, "key")) as publisher:
+        for _ in range(3):
+            assert publisher.publish([EVENT]) == [Reply((Refusal("a", 107, "bad request"),))]
+
+
+@pytest.mark.parametrize("code", [0, -1, 1.5, True, "107", None, [], {}, 10**30])
+def test_a_code_that_is_none(code: object, gateway: Gateway) -> None:
+    """Nothing but a positive whole number is a code; an answer with another one is nobody's fault."""
+    gateway.fault = refusing({"code": code, "message": "no"})
+    with closing(Publisher(gateway.url, "key")) as publisher:
+        answer = publisher.publish([EVENT])
+    assert isinstance(answer, Outage)
+    assert "not Centrifugo's" in answer.reason
+
+
+def test_a_message_is_text_of_one_line_without_the_key(gateway: Gateway) -> None:
+    """No NUL, which PostgreSQL would refuse, no line of its own in a log, nothing that a terminal obeys."""
+    gateway.fault = refusing(
+        {"code": 107, "message": "\0\n2026 [error] forged\x1b[2J\u202e s3cret-key" + "\x07" * 10_000}
+    )
+    with closing(Publisher(gateway.url, "s3cret-key")) as publisher:
+        [reply] = publisher.publish([EVENT])  # type: ignore[misc]
+    [refusal] = reply.refusals
+    assert refusal.message.startswith(r"\x00\n2026 [error] forged\x1b[2J\u202e ***\x07")
+    assert refusal.message.isprintable()
+    assert len(refusal.message) <= 200
+
+
+def test_a_message_that_postgresql_cannot_store_stops_nobody(
+    connect: Connect, make_relay: MakeRelay, gateway: Gateway, channel: str
+) -> None:
+    """The refused event is settled with its message, and its successors go out when the refusals are over."""
+    connection = connect()
+    write(connection, "1", 1, channel)
+    gateway.fault = refusing({"code": 102, "message": "a\0b"})
+    with make_relay(api_url=gateway.url):
+        wait_until(lambda: states(connection) == {"parked": 1}, "the refused event is parked")
+        gateway.fault = None
+        wait_until(lambda: states(connection) == {"delivered": 1}, "the event is delivered")
+
+
+def test_many_small_objects_in_the_place_of_a_reply(gateway: Gateway) -> None:
+    gateway.fault = lambda exchange: exchange.answer(200, b'{"replies":[' + b"[]," * 20_000 + b"[]]}")
+    with closing(Publisher(gateway.url, "key")) as publisher:
+        assert publisher.publish([EVENT]) == Outage("20001 replies to 1 commands", verdict=200)
