@@ -17,7 +17,7 @@ COMPILE := .venv/bin/uv pip compile --quiet --universal --generate-hashes --no-h
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: setup
 setup: $(STAMP) ## Make the environment ready: Python packages, PostgreSQL, Centrifugo
@@ -43,6 +43,10 @@ test: setup debian $(LOWEST) ## Run the whole test suite, then again with the ol
 .PHONY: test-lowest
 test-lowest: setup debian $(LOWEST) ## Run the suite with the oldest dependencies alone
 	.venv-lowest/bin/python -m pytest -n $(JOBS) -p no:cacheprovider --ignore tests/test_embedded.py $(ARGS)
+
+.PHONY: interleavings
+interleavings: setup ## Play all orders of the steps of two writers and two relays (ARGS='-k 01_of_20')
+	.venv/bin/python -m pytest -n $(JOBS) --full $(ARGS) tests/test_interleavings.py
 
 .PHONY: bench
 bench: setup ## Measure beside the rivals, write docs/benchmarks.md (QUICK=1, FULL=1, ARGS="--only 'drain/*'")

@@ -75,6 +75,12 @@ class StartRelay(Protocol):
     ) -> RelayProcess: ...
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full", action="store_true", help="all interleavings and all fuzzing, where a part is enough every day"
+    )
+
+
 # PostgreSQL
 
 
