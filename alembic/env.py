@@ -13,7 +13,7 @@ schema = attributes.get("schema") or os.environ.get("OUTBOX_RELAY_SCHEMA") or "p
 url = attributes.get("url") or os.environ.get("OUTBOX_RELAY_DATABASE_URL")
 
 
-names = {"outbox", "outbox_lane", "outbox_hold"}
+names = {"outbox", "outbox_lane", "outbox_hold", "outbox_epoch"}
 options = {"version_table": VERSION_TABLE, "version_table_schema": schema, "include_schemas": True}
 
 

@@ -23,18 +23,25 @@ GRANT USAGE ON SCHEMA :"schema" TO :"writer", :"relay";
 ALTER TABLE :"schema".outbox OWNER TO :"owner";
 ALTER TABLE :"schema".outbox_lane OWNER TO :"owner";
 ALTER TABLE :"schema".outbox_hold OWNER TO :"owner";
+ALTER TABLE :"schema".outbox_epoch OWNER TO :"owner";
 ALTER TYPE :"schema".outbox_kind OWNER TO :"owner";
 ALTER TYPE :"schema".outbox_state OWNER TO :"owner";
 ALTER FUNCTION :"schema".outbox_written() OWNER TO :"owner";
-REVOKE ALL ON :"schema".outbox, :"schema".outbox_lane, :"schema".outbox_hold FROM PUBLIC;
+ALTER FUNCTION :"schema".outbox_epoch() OWNER TO :"owner";
+REVOKE ALL ON :"schema".outbox, :"schema".outbox_lane, :"schema".outbox_hold, :"schema".outbox_epoch FROM PUBLIC;
+REVOKE ALL ON FUNCTION :"schema".outbox_epoch() FROM PUBLIC;
 
 -- What the relay fills in (id, state, accepted, settled_at, error, created_at) is not the writer's to set.
-GRANT INSERT (event_id, aggregate_type, aggregate_id, version, kind, channels, payload, tags, expires_at, traceparent)
+GRANT INSERT (event_id, aggregate_type, aggregate_id, version, kind, channels, payload, tags, expires_at, traceparent,
+              base_version)
     ON :"schema".outbox TO :"writer";
+GRANT EXECUTE ON FUNCTION :"schema".outbox_epoch() TO :"writer", :"relay";
 
 GRANT SELECT, UPDATE, DELETE ON :"schema".outbox TO :"relay";
 GRANT SELECT, UPDATE ON :"schema".outbox_lane TO :"relay";
 GRANT SELECT, INSERT, UPDATE, DELETE ON :"schema".outbox_hold TO :"relay";
+-- For `outbox-relay epoch`; the relay itself asks the function.
+GRANT SELECT, UPDATE ON :"schema".outbox_epoch TO :"relay";
 
 -- Absent where the application's own migrations made the tables.
 SELECT format('ALTER TABLE %I.outbox_relay_version OWNER TO %I; GRANT SELECT ON %I.outbox_relay_version TO %I',

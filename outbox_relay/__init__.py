@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         PayloadTooLargeError,
         enqueue,
         enqueue_all,
+        epoch,
         metadata,
         tables,
     )
@@ -28,6 +29,7 @@ __all__ = [
     "enqueue",
     "enqueue_all",
     "enqueue_for",
+    "epoch",
     "metadata",
     "tables",
 ]

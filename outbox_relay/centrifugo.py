@@ -188,12 +188,14 @@ def _command(event: Event) -> str:
         target = f'"publish":{{"channel":{_quote(channels[0])}'
     else:
         target = f'"broadcast":{{"channels":[{",".join(map(_quote, channels))}]'
+    epoch = f',"ob_epoch":{_quote(event.epoch)}' if event.epoch else ""
+    base = "" if event.base_version is None else f',"ob_base":"{event.base_version}"'
     own_tags = f",{event.tags[1:]}" if event.tags and event.tags != "{}" else "}"
     return (
         f'{{{target},"data":{event.payload},"idempotency_key":"{event.idempotency_key}",'
         f'"tags":{{"ob":"{WIRE_VERSION}","ob_type":{_quote(event.aggregate_type)},'
         f'"ob_id":{_quote(event.aggregate_id)},"ob_version":"{event.version}","ob_event":"{event.event_id}",'
-        f'"ob_kind":"{event.kind}"{own_tags}}}}}'
+        f'"ob_kind":"{event.kind}"{epoch}{base}{own_tags}}}}}'
     )
 
 

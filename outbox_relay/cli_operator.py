@@ -1,4 +1,4 @@
-"""The operator's verbs on the command line: `events`, `dead`, `prune` and `config`."""
+"""The operator's verbs on the command line: `events`, `dead`, `prune`, `epoch` and `config`."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ from outbox_relay.cli_shared import (
 from outbox_relay.config import ConfigError, Settings, TypeSettings
 
 if TYPE_CHECKING:
-    from outbox_relay.operator import Changed, EventDetails, EventRow, Filter, Operator
+    from outbox_relay.operator import Changed, Epoch, EventDetails, EventRow, Filter, Operator
 
 events_app = typer.Typer(help="Look at events, and send delivered ones again.", no_args_is_help=True)
 dead_app = typer.Typer(help="See and mend what was given up, or is refused again and again.", no_args_is_help=True)
+epoch_app = typer.Typer(help="See and change what tells subscribers that versions went back.", no_args_is_help=True)
 config_app = typer.Typer(help="Write a file of settings, and see where each setting comes from.", no_args_is_help=True)
 
 Type = Annotated[str | None, typer.Option("--type", help="Aggregate type.")]
@@ -62,6 +63,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(events_app, name="events")
     app.add_typer(dead_app, name="dead")
     app.command()(prune)
+    app.add_typer(epoch_app, name="epoch")
     app.add_typer(config_app, name="config")
 
 
@@ -255,6 +257,39 @@ def prune(  # noqa: PLR0917 - Typer's options are keywords
         print_json({"verb": "prune", "dry_run": dry_run, "events": events})
     else:
         typer.echo(_done("prune", events, dry_run=dry_run))
+
+
+# epoch
+
+
+@epoch_app.command("show")
+def epoch_show(
+    config: ConfigFile = None, database_url: DatabaseUrl = None, schema: Schema = None, as_json: AsJson = False
+) -> None:
+    """Show the epoch that is on every publication, and when it was last bumped."""
+    with _operator(config, database_url, schema) as operator:
+        _print_epoch(operator.epoch(), as_json)
+
+
+@epoch_app.command("bump")
+def epoch_bump(
+    config: ConfigFile = None, database_url: DatabaseUrl = None, schema: Schema = None, as_json: AsJson = False
+) -> None:
+    """Begin another epoch, after versions may have gone back: every subscriber loads its objects again.
+
+    Needed where the database cannot know: after a restore of the data alone into the same tables; on a managed
+    service that hides the system identifier and the timeline, also after a failover that lost commits. It waits
+    for the batches under way, so that afterwards nothing is sent under the old epoch.
+    """
+    with _operator(config, database_url, schema) as operator:
+        _print_epoch(operator.bump_epoch(), as_json)
+
+
+def _print_epoch(epoch: Epoch, as_json: bool) -> None:
+    if as_json:
+        print_json(asdict(epoch))
+    else:
+        typer.echo(f"{epoch.epoch} (bumped at {_time(epoch.bumped_at)})")
 
 
 # config

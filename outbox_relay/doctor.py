@@ -20,6 +20,7 @@ _GRANTS: Final = {
     "outbox": ("SELECT", "UPDATE", "DELETE"),
     "outbox_lane": ("SELECT", "UPDATE"),
     "outbox_hold": ("SELECT", "INSERT", "UPDATE", "DELETE"),
+    "outbox_epoch": ("SELECT", "UPDATE"),
 }
 
 

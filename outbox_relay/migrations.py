@@ -62,6 +62,7 @@ CREATE TABLE {schema}.outbox (
     error text,
     replay integer,
     traceparent text,
+    base_version bigint,
     -- Every event is settled by an UPDATE, which adds an entry beside the first one: there is room for it.
     PRIMARY KEY (id) WITH (fillfactor = 50)
 );
@@ -99,6 +100,46 @@ CREATE INDEX outbox_hold_lane ON {schema}.outbox_hold (lane, due_at);
 
 CREATE INDEX outbox_hold_due ON {schema}.outbox_hold (due_at);
 
+-- One row: when somebody last said that versions may have gone back.
+CREATE TABLE {schema}.outbox_epoch (bumped_at timestamptz PRIMARY KEY);
+
+INSERT INTO {schema}.outbox_epoch (bumped_at) VALUES (clock_timestamp());
+
+-- Another value whenever versions may have gone back: another cluster, timeline, database or table, or a bump. It is
+-- the same for whoever asks, hence the owner's rights. Managed services hide the first two parts.
+CREATE FUNCTION {schema}.outbox_epoch() RETURNS text LANGUAGE plpgsql STABLE SECURITY DEFINER
+SET search_path = pg_catalog, {schema}, pg_temp AS $$
+DECLARE
+    cluster text;
+    timeline integer;
+BEGIN
+    BEGIN
+        cluster := (SELECT c.system_identifier FROM pg_control_system() AS c);
+    EXCEPTION WHEN insufficient_privilege OR undefined_function OR feature_not_supported THEN
+        NULL;
+    END;
+    BEGIN
+        IF pg_is_in_recovery() THEN
+            -- As far as it is written down: a standby may say the old one for a while.
+            timeline := (SELECT greatest(c.timeline_id, r.min_recovery_end_timeline)
+                         FROM pg_control_checkpoint() AS c, pg_control_recovery() AS r);
+        ELSE
+            -- The control file has a new timeline only after the first checkpoint.
+            timeline := ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::integer;
+        END IF;
+    EXCEPTION WHEN insufficient_privilege OR undefined_function OR feature_not_supported
+                   OR object_not_in_prerequisite_state THEN
+        NULL;
+    END;
+    RETURN (
+        SELECT lpad(to_hex(hashtextextended(
+            concat_ws('/', cluster, timeline, d.oid, e.tableoid, extract(epoch FROM e.bumped_at)), 0)), 16, '0')
+        FROM pg_database AS d, outbox_epoch AS e
+        WHERE d.datname = current_database()
+    );
+END
+$$;
+
 -- What no subscriber could get is refused, under a name that says why. One function, because CHECKs are parsed anew for
 -- each INSERT. Its first expression is all that runs for almost every valid event: it is stricter than the rules.
 CREATE FUNCTION {schema}.outbox_written() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -113,6 +154,7 @@ BEGIN
         AND (NEW.tags IS NULL OR jsonb_typeof(NEW.tags) = 'object'
              AND NOT jsonb_path_exists(NEW.tags, 'strict $.* ? (@.type() != "string")')
              AND NOT jsonb_path_exists(NEW.tags, '$.keyvalue() ? (@.key starts with "ob")'))
+        AND (NEW.base_version IS NULL OR NEW.base_version BETWEEN 0 AND NEW.version - 1)
     THEN
         NULL;
     ELSE
@@ -140,6 +182,8 @@ BEGIN
                 THEN 'tags_are_an_object_of_strings'
             WHEN jsonb_path_exists(NEW.tags, '$.keyvalue() ? (@.key starts with "ob")')
                 THEN 'no_tag_starts_with_ob'
+            WHEN NEW.base_version BETWEEN 0 AND NEW.version - 1 IS FALSE
+                THEN 'base_version_is_0_to_version_minus_1'
         END;
         IF refused IS NOT NULL THEN
             RAISE EXCEPTION USING
@@ -159,14 +203,14 @@ END
 $$;
 
 CREATE TRIGGER outbox_written
-    BEFORE INSERT OR UPDATE OF aggregate_type, aggregate_id, version, channels, payload, tags
+    BEFORE INSERT OR UPDATE OF aggregate_type, aggregate_id, version, channels, payload, tags, base_version
     ON {schema}.outbox FOR EACH ROW EXECUTE FUNCTION {schema}.outbox_written();
 """
 
 _V1_DOWN = """
-DROP TABLE {schema}.outbox_hold, {schema}.outbox_lane, {schema}.outbox;
+DROP TABLE {schema}.outbox_hold, {schema}.outbox_lane, {schema}.outbox, {schema}.outbox_epoch;
 
-DROP FUNCTION {schema}.outbox_written;
+DROP FUNCTION {schema}.outbox_written, {schema}.outbox_epoch;
 
 DROP TYPE {schema}.outbox_kind, {schema}.outbox_state;
 """
@@ -278,7 +322,7 @@ def _rewrite_downgrade(_context: Any, _revision: Any, directive: ops.DowngradeOp
     return directive
 
 
-_TABLES: Final = ("outbox", "outbox_lane", "outbox_hold")
+_TABLES: Final = ("outbox", "outbox_lane", "outbox_hold", "outbox_epoch")
 
 
 def _replace_tables(

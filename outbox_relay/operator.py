@@ -111,7 +111,16 @@ class EventDetails(EventRow):
     expires_at: datetime | None
     replay: int | None
     traceparent: str | None
+    base_version: int | None
     hold: HoldRow | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """What subscribers are told (`ob_epoch`), and when somebody last said that versions may have gone back."""
+
+    epoch: str
+    bumped_at: datetime
 
 
 class Refused(NamedTuple):
@@ -151,7 +160,8 @@ _EVENT: Final = (
     "o.state::text, o.created_at, o.settled_at, o.error, h.tries, h.attempts, nullif(h.due_at, 'infinity') AS due_at"
 )
 _DETAILS: Final = (
-    ", o.event_id, {lane} AS lane, o.payload::text, o.tags::text, o.accepted, o.expires_at, o.replay, o.traceparent"
+    ", o.event_id, {lane} AS lane, o.payload::text, o.tags::text, o.accepted, o.expires_at, o.replay, o.traceparent, "
+    "o.base_version"
 )
 _MATCHES: Final = """
     (%(aggregate_type)s::text IS NULL OR o.aggregate_type = %(aggregate_type)s)
@@ -289,6 +299,14 @@ AND (o.state IN ('delivered', 'superseded') AND o.settled_at < clock_timestamp()
 """
 _COUNT_ENDED: Final = "SELECT count(*) FROM {outbox} AS o WHERE {ended}"
 _PRUNE: Final = "DELETE FROM {outbox} AS o WHERE {ended}"
+
+_EPOCH: Final = "SELECT {outbox_epoch}() AS epoch, bumped_at FROM {outbox_epoch}"
+
+# In their order, and waiting: no relay has read the old epoch and is yet to send.
+_LOCK_ALL: Final = "SELECT FROM {outbox_lane} ORDER BY lane FOR NO KEY UPDATE"
+
+# A clock that was set back must not repeat an epoch.
+_BUMP: Final = "UPDATE {outbox_epoch} SET bumped_at = greatest(clock_timestamp(), bumped_at + interval '1 microsecond')"
 
 
 class Operator:
@@ -428,6 +446,24 @@ class Operator:
                     session.done += ended.fetchall()[0][0] if dry_run else ended.rowcount
             return session.done
 
+    def epoch(self) -> Epoch:
+        """The epoch that relays put on their publications now."""
+        with self._session() as session, session.transaction():
+            return session.rows(Epoch, _EPOCH)[0]
+
+    def bump_epoch(self) -> Epoch:
+        """Begin another epoch: every subscriber that compares epochs loads its objects again.
+
+        For when versions may have gone back without the database's knowing, as after a restore of the data alone.
+        Waits for the batches under way: when it returns, no relay sends under the old epoch any more.
+        """
+        with self._session() as session:
+            with session.transaction():
+                session.execute(_LOCK_ALL)
+                session.execute(_BUMP)
+            with session.transaction():
+                return session.rows(Epoch, _EPOCH)[0]
+
     def _change(self, chosen: Filter | Iterable[int], state: str, change: _Change, *, dry_run: bool) -> Changed:
         """Run `change` lane by lane: under the lane's lock, or without one if it only counts."""
         changed = Changed()
@@ -511,7 +547,7 @@ class _Session:
         names: dict[str, Any] = {
             # Whatever the schema is called, it is no placeholder.
             name: sql.SQL(sql.Identifier(schema, name).as_string().replace("%", "%%"))
-            for name in ("outbox", "outbox_lane", "outbox_hold", "outbox_state")
+            for name in ("outbox", "outbox_lane", "outbox_hold", "outbox_epoch", "outbox_state")
         }
         names["of_aggregate"], names["lane"] = sql.SQL(_OF_AGGREGATE), sql.SQL(LANE)
         names["event"], names["details"] = sql.SQL(_EVENT), sql.SQL(_DETAILS).format(**names)

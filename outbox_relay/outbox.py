@@ -17,6 +17,7 @@ from typing import Any, Final, Literal
 import orjson
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
+from sqlalchemy.sql.elements import quoted_name
 
 Kind = Literal["change", "snapshot", "tombstone"]
 
@@ -28,8 +29,8 @@ MAX_CHANNELS: Final = 32
 MAX_VERSION: Final = 2**53 - 1
 MAX_PAYLOAD: Final = 1024 * 1024
 DEFAULT_MAX_PAYLOAD: Final = 256 * 1024
-# Ten parameters each, where asyncpg takes 32,767.
-MAX_EVENTS_PER_STATEMENT: Final = 3_000
+# Eleven parameters each, where asyncpg takes 32,767.
+MAX_EVENTS_PER_STATEMENT: Final = 2_900
 RESERVED_TAG_PREFIX: Final = "ob"
 
 
@@ -52,6 +53,8 @@ class NewEvent:
     becomes a string, so that no digit is lost.
     `tags`: strings for Centrifugo's own tag filters; keys that start with `ob` are reserved.
     `event_id`: a fresh UUID unless given.
+    `base_version`: the version that this change applies to, below `version`; 0 for an object that is new. With it
+    a subscriber notices that it missed a change.
     """
 
     aggregate_type: str
@@ -64,6 +67,7 @@ class NewEvent:
     expires_at: datetime | None = None
     event_id: uuid.UUID | None = None
     traceparent: str | None = None
+    base_version: int | None = None
 
 
 class _JSONText(sa.types.UserDefinedType[str]):
@@ -100,8 +104,10 @@ class Outbox:
             sa.Column("expires_at", sa.DateTime(timezone=True)),
             sa.Column("event_id", sa.Uuid),
             sa.Column("traceparent", sa.Text),
+            sa.Column("base_version", sa.BigInteger),
             schema=schema,
         )
+        self._packages = () if schema is None else (quoted_name(schema, quote=True),)
 
     def enqueue(
         self,
@@ -116,6 +122,7 @@ class Outbox:
         expires_at: datetime | None = None,
         event_id: uuid.UUID | None = None,
         traceparent: str | None = None,
+        base_version: int | None = None,
     ) -> sa.Insert:
         """Return an INSERT of one event, to be executed in the transaction that changed the object.
 
@@ -133,11 +140,12 @@ class Outbox:
             expires_at=expires_at,
             event_id=event_id,
             traceparent=traceparent,
+            base_version=base_version,
         )
         return sa.insert(self._table).values(_row(event, self.max_payload))
 
     def enqueue_all(self, events: Iterable[NewEvent]) -> sa.Insert:
-        """Return one INSERT of 1 to 3,000 events, in their order. Raises as `enqueue` does."""
+        """Return one INSERT of 1 to 2,900 events, in their order. Raises as `enqueue` does."""
         rows = [_row(event, self.max_payload) for event in events]
         if not 1 <= len(rows) <= MAX_EVENTS_PER_STATEMENT:
             raise InvalidEventError(
@@ -150,6 +158,15 @@ class Outbox:
                 # One statement has one list of columns, so a default that only the database knows is made here.
                 row[column] = uuid.uuid4() if column == "event_id" else defaults.get(column)
         return sa.insert(self._table).values(rows)
+
+    def epoch(self) -> sa.Select[Any]:
+        """Return a SELECT of the epoch, a short text that changes whenever versions may have gone back.
+
+        It is on every publication (`ob_epoch`). The application's own state says it too, read in the same session and
+        before the objects, so that a subscriber knows which versions it may compare. Without `schema` the function is
+        found by `search_path` alone.
+        """
+        return sa.select(sa.Function("outbox_epoch", type_=sa.Text(), packagenames=self._packages))
 
 
 def _row(event: NewEvent, max_payload: int) -> dict[str, Any]:
@@ -177,6 +194,8 @@ def _row(event: NewEvent, max_payload: int) -> dict[str, Any]:
         row["event_id"] = event.event_id
     if event.traceparent is not None:
         row["traceparent"] = _text("traceparent", event.traceparent)
+    if event.base_version is not None:
+        row["base_version"] = _base_version(event.base_version, event.version)
     return row
 
 
@@ -209,6 +228,14 @@ def _version(value: object) -> int:
         raise InvalidEventError(f"version is {value!r}, not an int{hint}")
     if not 1 <= value <= MAX_VERSION:
         raise InvalidEventError(f"version is {value}: give 1 to {MAX_VERSION} (2**53 - 1)")
+    return value
+
+
+def _base_version(value: object, version: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidEventError(f"base_version is {value!r}, not an int")
+    if not 0 <= value < version:
+        raise InvalidEventError(f"base_version is {value}: give 0 to {version - 1}, it is below the version")
     return value
 
 
@@ -293,6 +320,7 @@ def _enum(name: str, values: tuple[str, ...], schema: str | None) -> pg.ENUM:
 DEFAULT = Outbox()
 enqueue = DEFAULT.enqueue
 enqueue_all = DEFAULT.enqueue_all
+epoch = DEFAULT.epoch
 
 
 # The tables as SQLAlchemy metadata, for autogenerate and `alembic check`. The migrations create them.
@@ -326,6 +354,7 @@ def tables(metadata: sa.MetaData, schema: str | None = None) -> sa.MetaData:
         sa.Column("error", sa.Text),
         sa.Column("replay", sa.Integer),
         sa.Column("traceparent", sa.Text),
+        sa.Column("base_version", sa.BigInteger),
         sa.Index("outbox_pending", sa.text(LANE), "id", postgresql_where=sa.text("state = 'pending'")),
         sa.Index(
             "outbox_parked",
@@ -364,6 +393,13 @@ def tables(metadata: sa.MetaData, schema: str | None = None) -> sa.MetaData:
         schema=schema,
         info=info,
     )
+    sa.Table(
+        "outbox_epoch",
+        metadata,
+        sa.Column("bumped_at", sa.DateTime(timezone=True), primary_key=True),
+        schema=schema,
+        info=info,
+    )
     return metadata
 
 
@@ -380,6 +416,7 @@ __all__ = [
     "PayloadTooLargeError",
     "enqueue",
     "enqueue_all",
+    "epoch",
     "metadata",
     "tables",
 ]

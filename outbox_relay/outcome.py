@@ -37,6 +37,10 @@ class Event(NamedTuple):
     created_at: float
     replay: int | None = None
     """How often an operator has asked to send it again after it was delivered."""
+    base_version: int | None = None
+    """The version that this change applies to."""
+    epoch: str = ""
+    """What the database's epoch was when the event was read under its lane's lock."""
 
     @property
     def aggregate(self) -> tuple[str, str]:

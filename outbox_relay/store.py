@@ -57,7 +57,7 @@ class Batch:
 
 _ID, _LANE, _PAYLOAD = (Event._fields.index(name) for name in ("id", "lane", "payload"))
 _COLUMNS: Final = "id, event_id::text, aggregate_type, aggregate_id, lane, version, kind::text, channels,"
-_REST: Final = "tags::text, accepted, date_part('epoch', created_at), replay"
+_REST: Final = "tags::text, accepted, date_part('epoch', created_at), replay, base_version, (SELECT {outbox_epoch}())"
 
 _CLAIM: Final = """
 SELECT l.lane, l.has_due_hold, date_part('epoch', clock_timestamp())

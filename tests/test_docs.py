@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
-from outbox_relay import cli, config, enqueue
+from outbox_relay import cli, config, enqueue, epoch
 from outbox_relay.centrifugo import encode_batch
 from outbox_relay.config import PREFIX, Doc, Settings, TypeSettings
 from outbox_relay.embedded.centrifugo import Centrifugo
@@ -34,6 +34,7 @@ DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((R
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 WIRE = examples(ROOT / "docs" / "wire-format.md")
 EVENT_ID = "6ba7b810-9dad-11d1-80b4-00c04fd430c8"
+EPOCH = "8c1f6a0d3b5e9274"
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=[path.name for path in DOCUMENTS])
 
@@ -178,6 +179,8 @@ def test_the_batch_is_what_the_relay_sends() -> None:
             kind="snapshot",
             payload='{"id": 1, "status": "paid"}',
             tags='{"status": "paid"}',
+            base_version=1,
+            epoch=EPOCH,
         ),
         event(
             18,
@@ -187,6 +190,7 @@ def test_the_batch_is_what_the_relay_sends() -> None:
             ["shop:orders", "shop:order-2"],
             kind="tombstone",
             payload="{}",
+            epoch=EPOCH,
         ),
     ]
     assert json.loads(encode_batch(events, parallel=True)) == json.loads(WIRE["batch"].code)
@@ -208,9 +212,11 @@ def test_the_publication_is_what_a_subscriber_gets(
                 payload=documented["data"],
                 kind=tags["ob_kind"],
                 event_id=uuid.UUID(tags["ob_event"]),
+                base_version=int(tags["ob_base"]),
                 tags={key: value for key, value in tags.items() if not key.startswith("ob")},
             )
         )
+        tags["ob_epoch"] = connection.scalar(epoch())
     run_relay()
     publication = subscriber.wait_for(1)[0]
     assert {"data": as_json(publication), "tags": publication.tags} == documented

@@ -103,6 +103,8 @@ FORBIDDEN_TO_WRITER = [
     "SELECT FROM outbox_lane FOR UPDATE",
     "SELECT FROM outbox_hold",
     "DELETE FROM outbox_hold",
+    "SELECT FROM outbox_epoch",
+    "UPDATE outbox_epoch SET bumped_at = now()",
     "DROP TABLE outbox",
     "ALTER TABLE outbox DISABLE TRIGGER ALL",
 ]
@@ -112,18 +114,21 @@ FORBIDDEN_TO_RELAY = [
     "INSERT INTO outbox_lane VALUES (256)",
     "DELETE FROM outbox_lane",
     "TRUNCATE outbox_hold",
+    "INSERT INTO outbox_epoch VALUES (now())",
+    "DELETE FROM outbox_epoch",
     "DROP TABLE outbox",
     "DROP INDEX outbox_pending",
     "ALTER TABLE outbox ADD COLUMN extra int",
     "ALTER TABLE outbox_hold OWNER TO CURRENT_USER",
     "ALTER TABLE outbox DISABLE TRIGGER outbox_written",
     "DROP FUNCTION outbox_written CASCADE",
+    "DROP FUNCTION outbox_epoch",
     "UPDATE outbox_relay_version SET version_num = 'x'",
 ]
 
 
 def test_the_writer_writes(site: Site) -> None:
-    """The whole writing API, with every field, and the plain INSERT."""
+    """The whole writing API, with every field, the epoch, and the plain INSERT."""
     outbox = Outbox(site.schema)
     event: dict[str, Any] = {
         "channels": "plain:a",
@@ -133,9 +138,13 @@ def test_the_writer_writes(site: Site) -> None:
         "expires_at": datetime(2030, 1, 1, tzinfo=UTC),
         "event_id": uuid.uuid4(),
         "traceparent": "t",
+        "base_version": 0,
     }
     with sqlalchemy_engine(site.writer).begin() as connection:
         connection.execute(outbox.enqueue("order", "1", version=1, **event))
+        epoch = connection.scalar(outbox.epoch())
+    with sqlalchemy_engine(site.relay).connect() as connection:
+        assert connection.scalar(outbox.epoch()) == epoch
     attempt(site.writer, site.schema, INSERT)
 
 

@@ -44,6 +44,8 @@ def event(
     payload: str = "{}",
     tags: str | None = None,
     accepted: list[str] | None = None,
+    base_version: int | None = None,
+    epoch: str = "",
 ) -> Event:
     return Event(
         id=next(_ids),
@@ -58,6 +60,8 @@ def event(
         tags=tags,
         accepted=accepted,
         created_at=0.0,
+        base_version=base_version,
+        epoch=epoch,
     )
 
 
@@ -134,6 +138,8 @@ def hostile_events(draw: st.DrawFn) -> tuple[Event, dict[str, str]]:
         # As PostgreSQL writes a jsonb out.
         tags=None if own_tags is None else json.dumps(own_tags, ensure_ascii=False),
         accepted=draw(st.none() | st.just(channels[1:])),
+        base_version=draw(st.none() | st.integers(0, 2**53 - 2)),
+        epoch=draw(st.just("") | texts),
     )
     return written, own_tags or {}
 
@@ -162,6 +168,8 @@ def test_a_request_says_what_the_events_say(written: list[tuple[Event, dict[str,
                 "ob_version": str(sent.version),
                 "ob_event": sent.event_id,
                 "ob_kind": sent.kind,
+                **({"ob_epoch": sent.epoch} if sent.epoch else {}),
+                **({} if sent.base_version is None else {"ob_base": str(sent.base_version)}),
                 **own_tags,
             },
         }
@@ -186,6 +194,8 @@ def test_what_a_subscriber_sees(publisher: Publisher, subscribe: Subscribe, chan
         channels=[channel],
         payload='{"n": 9007199254740993, "x": 1e400, "s": "\\u0041", "s": "💥"}',
         tags='{"region": "e\\"u"}',
+        base_version=2**53 - 2,
+        epoch="0123456789abcdef",
     )
     assert publisher.publish([sent]) == [ACCEPTED]
     [publication] = subscriber.wait_for(1)
@@ -197,6 +207,8 @@ def test_what_a_subscriber_sees(publisher: Publisher, subscribe: Subscribe, chan
         "ob_version": "9007199254740991",
         "ob_event": sent.event_id,
         "ob_kind": "snapshot",
+        "ob_epoch": "0123456789abcdef",
+        "ob_base": "9007199254740990",
         "region": 'e"u',
     }
 

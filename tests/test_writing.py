@@ -108,12 +108,13 @@ def test_one_event_with_everything(database_url: str, connect: Connect, channel:
         expires_at=LATER,
         event_id=EVENT_ID,
         traceparent="00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+        base_version=2,
     )
     execute(database_url, driver, kind, statement)
     assert rows(
         connect(),
         "aggregate_type, aggregate_id, version, channels::text[], payload::text, kind::text, tags, expires_at, "
-        "event_id, traceparent, state::text, accepted, settled_at, error",
+        "event_id, traceparent, base_version, state::text, accepted, settled_at, error",
     ) == [
         (
             "order",
@@ -126,6 +127,7 @@ def test_one_event_with_everything(database_url: str, connect: Connect, channel:
             LATER,
             EVENT_ID,
             "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+            2,
             "pending",
             None,
             None,
@@ -152,14 +154,15 @@ def test_many_events_in_one_statement(
             expires_at=LATER,
             event_id=EVENT_ID,
             traceparent="t",
+            base_version=1,
         ),
         NewEvent(aggregate_type="order", aggregate_id="1", version=3, channels=channel, payload=None),
     ]
     execute(database_url, driver, kind, enqueue_all(events))
-    assert rows(connect(), "version, payload::text, kind::text, tags, expires_at, traceparent") == [
-        (1, "1", "change", None, None, None),
-        (2, "2", "tombstone", {"a": "b"}, LATER, "t"),
-        (3, "null", "change", None, None, None),
+    assert rows(connect(), "version, payload::text, kind::text, tags, expires_at, traceparent, base_version") == [
+        (1, "1", "change", None, None, None, None),
+        (2, "2", "tombstone", {"a": "b"}, LATER, "t", 1),
+        (3, "null", "change", None, None, None, None),
     ]
     ids = [event_id for (event_id,) in rows(connect(), "event_id")]
     assert ids[1] == EVENT_ID
@@ -181,6 +184,7 @@ def test_the_largest_statement(database_url: str, connect: Connect, channel: str
             expires_at=LATER,
             event_id=uuid.uuid4(),
             traceparent="t",
+            base_version=version - 1,
         )
         for version in range(1, MAX_EVENTS_PER_STATEMENT + 1)
     ]
@@ -301,6 +305,10 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "expires-delta": ({"expires_at": timedelta(1)}, "expires_at needs a datetime with a time zone"),
     "event-id-str": ({"event_id": str(EVENT_ID)}, "event_id is a str: give a uuid.UUID"),
     "traceparent": ({"traceparent": 5}, "traceparent is a int: give a str"),
+    "base-version": ({"base_version": 1}, "base_version is 1: give 0 to 0, it is below the version"),
+    "base-below-zero": ({"base_version": -1}, "base_version is -1: give 0 to 0"),
+    "base-text": ({"base_version": "0"}, "base_version is '0', not an int"),
+    "base-bool": ({"base_version": False}, "base_version is False, not an int"),
     "payload-type": ({"payload": {"a": object()}}, "payload cannot be encoded as JSON: .*object"),
     "payload-key": ({"payload": {1: "a"}}, "payload cannot be encoded as JSON"),
     "payload-big-int": ({"payload": 2**64}, "payload cannot be encoded as JSON"),
@@ -558,6 +566,8 @@ FITTING: list[dict[str, Any]] = [
     {"payload": json.dumps("x" * (1024 * 1024 - 2))},
     {"tags": "{}"},
     {"tags": '{"Ob": "x", "a": "ob"}'},
+    {"version": 2, "base_version": 1},
+    {"base_version": 0},
 ]
 IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     "type-empty": ({"aggregate_type": ""}, "aggregate_type_has_1_to_255_characters"),
@@ -585,6 +595,8 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     "tag-list": ({"tags": '{"a": ["b"]}'}, "tags_are_an_object_of_strings"),
     "tag-ob": ({"tags": '{"a": "b", "ob": "2"}'}, "no_tag_starts_with_ob"),
     "tag-ob-prefix": ({"tags": '{"object": "x"}'}, "no_tag_starts_with_ob"),
+    "base-version": ({"base_version": 1}, "base_version_is_0_to_version_minus_1"),
+    "base-below-zero": ({"base_version": -1}, "base_version_is_0_to_version_minus_1"),
 }
 
 
