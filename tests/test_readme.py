@@ -246,6 +246,22 @@ def test_versions_from_a_clock_survive_deletion(book: Book) -> None:
     assert 2**53 > seen[1] > seen[0] > 1_700_000_000_000_000
 
 
+def test_the_epoch_in_the_applications_state(book: Book) -> None:
+    answers = []
+    for _ in range(2):
+        book.run("epoch")
+        answers.append(book.names["answer"])
+        verb = shlex.split(EXAMPLES["bump"].code)
+        subprocess.run(
+            [Path(sys.executable).parent / verb[0], *verb[1:]],
+            env={**os.environ, "OUTBOX_RELAY_DATABASE_URL": book.url},
+            check=True,
+            capture_output=True,
+        )
+    assert [answer["orders"] for answer in answers] == [[{"id": 1, "version": 1}]] * 2
+    assert answers[0]["epoch"] != answers[1]["epoch"]
+
+
 # The verbs, with Centrifugo configured as the README says, from the first example to a subscriber.
 
 
