@@ -5,7 +5,7 @@
 -- owner   owns the tables and types; cannot log in: its members migrate as it, with ?options=-crole%3Doutbox_owner
 --         at the end of the database's URL
 -- writer  the application: adds events and can do nothing else to them
--- relay   claims and settles: reads, updates and deletes events, never adds one
+-- relay   claims and settles: reads events, updates their outcome, deletes them; never adds one or changes what it says
 \set ON_ERROR_STOP on
 
 BEGIN;
@@ -37,7 +37,7 @@ GRANT INSERT (event_id, aggregate_type, aggregate_id, version, kind, channels, p
     ON :"schema".outbox TO :"writer";
 GRANT EXECUTE ON FUNCTION :"schema".outbox_epoch() TO :"writer", :"relay";
 
-GRANT SELECT, UPDATE, DELETE ON :"schema".outbox TO :"relay";
+GRANT SELECT, DELETE, UPDATE (state, accepted, settled_at, error, replay) ON :"schema".outbox TO :"relay";
 GRANT SELECT, UPDATE ON :"schema".outbox_lane TO :"relay";
 GRANT SELECT, INSERT, UPDATE, DELETE ON :"schema".outbox_hold TO :"relay";
 -- For `outbox-relay epoch`; the relay itself asks the function.

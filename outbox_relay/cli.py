@@ -339,6 +339,6 @@ def _print_findings(findings: list[Finding]) -> None:
     console = Console(highlight=False)
     for finding in findings:
         mark = "[green]ok[/]     " if finding.ok else "[red]problem[/]"
-        console.print(f"{mark} {escape(finding.what)}", soft_wrap=True)
+        console.print(f"{mark} {escape(log.printable(finding.what))}", soft_wrap=True)
         if finding.advice:
-            console.print(f"        {escape(finding.advice)}", soft_wrap=True)
+            console.print(f"        {escape(log.printable(finding.advice))}", soft_wrap=True)

@@ -33,6 +33,7 @@ from outbox_relay.cli_shared import (
     settings_or_exit,
 )
 from outbox_relay.config import ConfigError, Settings, TypeSettings
+from outbox_relay.log import printable
 
 if TYPE_CHECKING:
     from outbox_relay.operator import Changed, Epoch, EventDetails, EventRow, Filter, Operator
@@ -521,7 +522,7 @@ def _print_details(event: EventDetails, as_json: bool) -> None:
         rows.append(("hold next try", _due(event.hold.due_at)))
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
-        typer.echo(f"{name:{width}}  {text}")
+        typer.echo(f"{name:{width}}  {printable(text)}")
 
 
 def _text(value: object) -> str:
@@ -539,7 +540,7 @@ def _print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Columns for a terminal's width; one line per row where there is no terminal."""
     table = Table(*head, box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     Console(highlight=False, width=None if sys.stdout.isatty() else 10_000).print(table)
 
 

@@ -42,10 +42,10 @@ def settings_or_exit(config: Path | None, **flags: Any) -> Iterator[Settings]:
 
 def fail(message: str, settings: Settings | None = None, *, code: int = EXIT_PROBLEM) -> NoReturn:
     """Say what is wrong in one line on standard error, secrets masked, and exit."""
-    text = log.Redactor(settings.secrets() if settings else ()).text(message)
+    text = log.printable(log.Redactor(settings.secrets() if settings else ()).text(message))
     Console(stderr=True).print(f"[red]error:[/] {escape(text)}", soft_wrap=True, highlight=False)
     raise typer.Exit(code) from None
 
 
 def print_json(value: Any) -> None:
-    typer.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
+    typer.echo(log.json_text(orjson.dumps(value, option=orjson.OPT_INDENT_2)))

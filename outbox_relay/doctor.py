@@ -16,8 +16,9 @@ from outbox_relay.database import DatabaseUnavailableError, connect
 from outbox_relay.outbox import LANES
 
 OLDEST_POSTGRESQL: Final = 14
+_UPDATED: Final = "state, accepted, settled_at, error, replay"
 _GRANTS: Final = {
-    "outbox": ("SELECT", "UPDATE", "DELETE"),
+    "outbox": ("SELECT", f"UPDATE ({_UPDATED})", "DELETE"),
     "outbox_lane": ("SELECT", "UPDATE"),
     "outbox_hold": ("SELECT", "INSERT", "UPDATE", "DELETE"),
     "outbox_epoch": ("SELECT", "UPDATE"),
@@ -55,7 +56,8 @@ def _database(settings: Settings) -> Iterator[Finding]:
             advice = "the relay needs the primary: this is a standby, or read-only"
         yield Finding(False, f"database: {error}", advice)
         return
-    with connection:
+    with connection, connection.transaction():
+        connection.execute("SET LOCAL search_path = pg_catalog")
         yield from _server(connection)
         yield from _schema(connection, settings)
 
@@ -102,11 +104,7 @@ def _schema(connection: psycopg.Connection[Any], settings: Settings) -> Iterator
         return
     yield from _revision(connection, schema)
     for table, privileges in _GRANTS.items():
-        lacking = [
-            privilege
-            for privilege in privileges
-            if not _one(connection, "SELECT has_table_privilege(%s, %s)", None, names[table], privilege)
-        ]
+        lacking = [privilege for privilege in privileges if not _has(connection, names[table], privilege)]
         yield Finding(
             not lacking,
             f"{table}: {'all grants' if not lacking else 'no ' + ', '.join(lacking)}",
@@ -128,7 +126,8 @@ def _revision(connection: psycopg.Connection[Any], schema: str) -> Iterator[Find
         yield Finding(True, "tables made by the application's own migrations")
         return
     try:
-        revision = _one(connection, sql.SQL("SELECT version_num FROM {}").format(table))
+        with connection.transaction():
+            revision = _one(connection, sql.SQL("SELECT version_num FROM {}").format(table))
     except psycopg.errors.InsufficientPrivilege:
         yield Finding(
             False, "schema version unknown", f"GRANT SELECT ON {table.as_string(connection)} TO the relay's role"
@@ -156,8 +155,17 @@ def _centrifugo(settings: Settings) -> Iterator[Finding]:
         )
 
 
+def _has(connection: psycopg.Connection[Any], table: str, privilege: str) -> bool:
+    """Whether we have a privilege such as `SELECT`, or `UPDATE (a, b)` on each of these columns."""
+    kind, _, columns = privilege.rstrip(")").partition(" (")
+    if not columns:
+        return bool(_one(connection, "SELECT has_table_privilege(%s, %s)", None, table, kind))
+    query: LiteralString = "SELECT bool_and(has_column_privilege(%s, name, %s)) FROM unnest(%s::text[]) AS name"
+    return bool(_one(connection, query, None, table, kind, columns.split(", ")))
+
+
 def _one(
     connection: psycopg.Connection[Any], query: LiteralString | sql.Composed, default: Any = None, *parameters: Any
 ) -> Any:
-    row = connection.execute(query, parameters).fetchone()
+    row = connection.execute(query, parameters or None).fetchone()  # None: nothing in a name is a placeholder
     return default if row is None else row[0]

@@ -5,6 +5,7 @@ Inside an application they go wherever its own logging sends them. `configure` i
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Iterable
@@ -31,7 +32,7 @@ def get_logger() -> structlog.stdlib.BoundLogger:
 def configure(form: Literal["console", "json"], level: str, secrets: Iterable[str]) -> None:
     """Write logs to standard error as lines for people or as JSON lines, with every secret masked."""
     renderer: Processor = (
-        structlog.processors.JSONRenderer(serializer=lambda event, **_: orjson.dumps(event, default=str).decode())
+        structlog.processors.JSONRenderer(serializer=lambda event, **_: json_text(orjson.dumps(event, default=str)))
         if form == "json"
         else structlog.dev.ConsoleRenderer(
             colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
@@ -47,6 +48,7 @@ def configure(form: Literal["console", "json"], level: str, secrets: Iterable[st
             structlog.stdlib.ProcessorFormatter.remove_processors_meta,
             structlog.processors.format_exc_info,
             Redactor(secrets),
+            *(() if form == "json" else (_escaped,)),
             renderer,
         ],
     )
@@ -66,6 +68,28 @@ def printable(text: str) -> str:
         return text
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
+def _escaped(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """One line for each field, whatever an event's row or a server's answer holds; tracebacks keep their lines."""
+    return {
+        key: "\n".join(map(printable, value.split("\n")))
+        if key == "exception"
+        else printable(value)
+        if isinstance(value, str)
+        else value
+        for key, value in event.items()
+    }
+
+
+def json_text(encoded: bytes) -> str:
+    """The same JSON with escapes for what a terminal might obey: JSON itself escapes nothing beyond the blank."""
+    text = encoded.decode()
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() or character < " " else json.dumps(character)[1:-1] for character in text
     )
 
 

@@ -46,7 +46,7 @@ CREATE TYPE {schema}.outbox_state AS ENUM
 
 CREATE TABLE {schema}.outbox (
     id bigint GENERATED ALWAYS AS IDENTITY,
-    event_id uuid NOT NULL DEFAULT gen_random_uuid(),
+    event_id uuid NOT NULL DEFAULT pg_catalog.gen_random_uuid(),
     aggregate_type text NOT NULL,
     aggregate_id text NOT NULL,
     version bigint NOT NULL,
@@ -54,7 +54,7 @@ CREATE TABLE {schema}.outbox (
     channels text[] NOT NULL,
     payload json NOT NULL,
     tags jsonb,
-    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    created_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
     expires_at timestamptz,
     state {schema}.outbox_state NOT NULL DEFAULT 'pending',
     accepted text[],
@@ -71,7 +71,8 @@ CREATE TABLE {schema}.outbox (
 ALTER TABLE {schema}.outbox ALTER COLUMN payload SET STORAGE EXTERNAL;
 
 CREATE INDEX outbox_pending ON {schema}.outbox
-    (((hashtextextended(aggregate_type || '/' || aggregate_id, 0) & 255)::smallint), id) WHERE state = 'pending';
+    (((pg_catalog.hashtextextended(aggregate_type || '/' || aggregate_id, 0::bigint) & 255::bigint)::smallint), id)
+    WHERE state = 'pending';
 
 CREATE INDEX outbox_parked ON {schema}.outbox (aggregate_type, aggregate_id, id) WHERE state = 'parked';
 
@@ -79,7 +80,7 @@ CREATE INDEX outbox_dead ON {schema}.outbox (id) WHERE state = 'dead';
 
 CREATE TABLE {schema}.outbox_lane (lane smallint PRIMARY KEY);
 
-INSERT INTO {schema}.outbox_lane (lane) SELECT generate_series(0, 255);
+INSERT INTO {schema}.outbox_lane (lane) SELECT pg_catalog.generate_series(0, 255);
 
 CREATE TABLE {schema}.outbox_hold (
     aggregate_type text NOT NULL,
@@ -103,12 +104,12 @@ CREATE INDEX outbox_hold_due ON {schema}.outbox_hold (due_at);
 -- One row: when somebody last said that versions may have gone back.
 CREATE TABLE {schema}.outbox_epoch (bumped_at timestamptz PRIMARY KEY);
 
-INSERT INTO {schema}.outbox_epoch (bumped_at) VALUES (clock_timestamp());
+INSERT INTO {schema}.outbox_epoch (bumped_at) VALUES (pg_catalog.clock_timestamp());
 
 -- Another value whenever versions may have gone back: another cluster, timeline, database or table, or a bump. It is
 -- the same for whoever asks, hence the owner's rights. Managed services hide the first two parts.
 CREATE FUNCTION {schema}.outbox_epoch() RETURNS text LANGUAGE plpgsql STABLE SECURITY DEFINER
-SET search_path = pg_catalog, {schema}, pg_temp AS $$
+    SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     cluster text;
     timeline integer;
@@ -134,7 +135,7 @@ BEGIN
     RETURN (
         SELECT lpad(to_hex(hashtextextended(
             concat_ws('/', cluster, timeline, d.oid, e.tableoid, extract(epoch FROM e.bumped_at)), 0)), 16, '0')
-        FROM pg_database AS d, outbox_epoch AS e
+        FROM pg_database AS d, {schema}.outbox_epoch AS e
         WHERE d.datname = current_database()
     );
 END
@@ -142,7 +143,9 @@ $$;
 
 -- What no subscriber could get is refused, under a name that says why. One function, because CHECKs are parsed anew for
 -- each INSERT. Its first expression is all that runs for almost every valid event: it is stricter than the rules.
-CREATE FUNCTION {schema}.outbox_written() RETURNS trigger LANGUAGE plpgsql AS $$
+-- It runs as whoever inserts: with that one's search_path anybody's function could stand in for PostgreSQL's.
+CREATE FUNCTION {schema}.outbox_written() RETURNS trigger LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     refused text;
 BEGIN
@@ -151,7 +154,12 @@ BEGIN
         AND array_ndims(NEW.channels) = 1 AND array_lower(NEW.channels, 1) = 1 AND cardinality(NEW.channels) <= 32
         AND array_position(NEW.channels, NULL) IS NULL AND array_position(NEW.channels, '') IS NULL
         AND pg_column_size(NEW.channels) <= 255 AND pg_column_size(NEW.payload) <= 1048576
+        -- What another table has compressed is larger than its size.
+        AND pg_column_compression(NEW.channels) IS NULL AND pg_column_compression(NEW.payload) IS NULL
+        AND (NEW.expires_at IS NULL OR NEW.expires_at BETWEEN '1970-01-01 00:00Z' AND '9999-01-01 00:00Z')
         AND (NEW.tags IS NULL OR jsonb_typeof(NEW.tags) = 'object'
+             -- At most 6 bytes of JSON for one.
+             AND pg_column_size(NEW.tags) <= 680 AND pg_column_compression(NEW.tags) IS NULL
              AND NOT jsonb_path_exists(NEW.tags, 'strict $.* ? (@.type() != "string")')
              AND NOT jsonb_path_exists(NEW.tags, '$.keyvalue() ? (@.key starts with "ob")'))
         AND (NEW.base_version IS NULL OR NEW.base_version BETWEEN 0 AND NEW.version - 1)
@@ -177,6 +185,10 @@ BEGIN
                 THEN 'channels_have_at_most_255_bytes'
             WHEN octet_length(NEW.payload::text) > 1048576
                 THEN 'payload_has_at_most_1_mib'
+            WHEN NEW.expires_at NOT BETWEEN '1970-01-01 00:00Z' AND '9999-01-01 00:00Z'
+                THEN 'expires_at_is_from_1970_to_9998'
+            WHEN octet_length(NEW.tags::text) > 4096
+                THEN 'tags_have_at_most_4_kib'
             WHEN (jsonb_typeof(NEW.tags) = 'object'
                   AND NOT jsonb_path_exists(NEW.tags, 'strict $.* ? (@.type() != "string")')) IS FALSE
                 THEN 'tags_are_an_object_of_strings'
@@ -189,6 +201,10 @@ BEGIN
             RAISE EXCEPTION USING
                 MESSAGE = 'the outbox refuses this event: ' || replace(refused, '_', ' '),
                 ERRCODE = 'check_violation', CONSTRAINT = refused, TABLE = TG_TABLE_NAME, SCHEMA = TG_TABLE_SCHEMA;
+        END IF;
+        -- The size that is stored is what bounds a batch.
+        IF pg_column_compression(NEW.payload) IS NOT NULL THEN
+            NEW.payload := NEW.payload::text::json;
         END IF;
     END IF;
     -- A relay that sleeps holds this lock. Whoever finds it free keeps it shared until its commit, so that no relay
@@ -203,7 +219,7 @@ END
 $$;
 
 CREATE TRIGGER outbox_written
-    BEFORE INSERT OR UPDATE OF aggregate_type, aggregate_id, version, channels, payload, tags, base_version
+    BEFORE INSERT OR UPDATE OF aggregate_type, aggregate_id, version, channels, payload, tags, base_version, expires_at
     ON {schema}.outbox FOR EACH ROW EXECUTE FUNCTION {schema}.outbox_written();
 """
 
@@ -251,7 +267,7 @@ def _refuse_to_lose_events(op: Operations | Any, schema: str | None) -> None:
     outbox = f"{_quote(schema or 'public')}.outbox"
     op.execute(_text(f"LOCK TABLE {outbox} IN SHARE ROW EXCLUSIVE MODE"))
     waiting = op.get_bind().scalar(
-        _text(f"SELECT EXISTS (SELECT FROM {outbox} WHERE state IN ('pending', 'parked'))")  # noqa: S608 - quoted
+        _text(f"SELECT EXISTS (SELECT FROM {outbox} WHERE state::text IN ('pending', 'parked'))")  # noqa: S608 - quoted
     )
     if waiting:
         raise MigrationError(

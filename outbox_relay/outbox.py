@@ -10,7 +10,7 @@ import json
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, Final, Literal
 
@@ -28,6 +28,10 @@ MAX_NAME: Final = 255
 MAX_CHANNELS: Final = 32
 MAX_VERSION: Final = 2**53 - 1
 MAX_PAYLOAD: Final = 1024 * 1024
+MAX_TAGS: Final = 4096
+EARLIEST: Final = datetime(1970, 1, 1, tzinfo=UTC)
+LATEST: Final = datetime(9999, 1, 1, tzinfo=UTC)
+"""Of `expires_at`: what programs in every language can read, in every time zone."""
 DEFAULT_MAX_PAYLOAD: Final = 256 * 1024
 # Eleven parameters each, where asyncpg takes 32,767.
 MAX_EVENTS_PER_STATEMENT: Final = 2_900
@@ -51,7 +55,7 @@ class NewEvent:
     `payload`: any value that orjson encodes, or JSON text as `bytes`, which is stored as it is. Beside
     orjson's own types (datetime as RFC 3339, UUID, dataclass, enum; NaN and infinity become null), a Decimal
     becomes a string, so that no digit is lost.
-    `tags`: strings for Centrifugo's own tag filters; keys that start with `ob` are reserved.
+    `tags`: strings for Centrifugo's own tag filters, at most 4 KiB of JSON; keys that start with `ob` are reserved.
     `event_id`: a fresh UUID unless given.
     `base_version`: the version that this change applies to, below `version`; 0 for an object that is new. With it
     a subscriber notices that it missed a change.
@@ -185,9 +189,7 @@ def _row(event: NewEvent, max_payload: int) -> dict[str, Any]:
     if event.tags:
         row["tags"] = _tags(event.tags)
     if event.expires_at is not None:
-        if not isinstance(event.expires_at, datetime) or event.expires_at.tzinfo is None:
-            raise InvalidEventError("expires_at needs a datetime with a time zone, such as datetime.now(UTC) + ...")
-        row["expires_at"] = event.expires_at
+        row["expires_at"] = _expires_at(event.expires_at)
     if event.event_id is not None:
         if not isinstance(event.event_id, uuid.UUID):
             raise InvalidEventError(f"event_id is a {type(event.event_id).__name__}: give a uuid.UUID")
@@ -256,6 +258,14 @@ def _channels(value: object) -> list[str]:
     return channels
 
 
+def _expires_at(value: object) -> datetime:
+    if not isinstance(value, datetime) or value.tzinfo is None:
+        raise InvalidEventError("expires_at needs a datetime with a time zone, such as datetime.now(UTC) + ...")
+    if not EARLIEST <= value <= LATEST:
+        raise InvalidEventError(f"expires_at is in the year {value.year}: give 1970 to 9998")
+    return value
+
+
 def _tags(tags: object) -> str:
     if not isinstance(tags, Mapping):
         raise InvalidEventError(f"tags is a {type(tags).__name__}: give a dict of strings")
@@ -264,7 +274,10 @@ def _tags(tags: object) -> str:
         _text(f"tag {key!r}", value)
         if key.startswith(RESERVED_TAG_PREFIX):
             raise InvalidEventError(f"tag {key!r}: names that start with 'ob' are reserved for the relay")
-    return orjson.dumps(dict(tags)).decode()
+    encoded = json.dumps(dict(tags), ensure_ascii=False)  # as PostgreSQL writes jsonb, spaces included
+    if len(encoded.encode()) > MAX_TAGS:
+        raise InvalidEventError(f"tags have {len(encoded.encode())} bytes of JSON, the limit is {MAX_TAGS}")
+    return encoded
 
 
 def _payload(value: Any, max_payload: int) -> str:

@@ -34,12 +34,12 @@ class Session:
     ) -> None:
         self._connection = connect(database_url)
         try:
-            direct = self._prepare()
+            self.direct = self._prepare()
         except BaseException:
             self._connection.close()
             raise
         self.wake_up = (
-            WakeUp(self._connection, sql.Identifier(schema, "outbox").as_string()) if direct and wake_up else None
+            WakeUp(self._connection, sql.Identifier(schema, "outbox").as_string()) if self.direct and wake_up else None
         )
         self.schema = schema
         self.request_timeout = request_timeout
@@ -66,8 +66,9 @@ class Session:
         self._connection.close()
 
     def _prepare(self) -> bool:
-        """Have PostgreSQL keep the plans of statements, where no pooler would give them to another session.
+        """Have PostgreSQL keep the plans of statements, and use nobody's functions but its own, also between batches.
 
+        Not where a pooler would give that to another session; returns whether there is none.
         A pooler answers with a process id of its own.
         """
         try:
@@ -75,6 +76,8 @@ class Session:
         except psycopg.Error as error:
             raise DatabaseUnavailableError(one_line(error)) from error
         direct = row == (self._connection.info.backend_pid,)
+        if direct:
+            self._connection.execute("SET search_path = pg_catalog")
         self._connection.prepare_threshold = 0 if direct else None
         return direct
 

@@ -326,6 +326,9 @@ class Store(Upkeep):
 
     def anything_to_do(self) -> bool:
         """Whether some event is pending or some hold is due: the question of an idle relay."""
+        if not self.direct:
+            answer: bool | None = self.ask(_IDLE)[0]  # a batch's settings come with a transaction alone
+            return answer is True
         try:
             return self.execute(_IDLE).fetchall()[0][0] is True
         except psycopg.Error as error:

@@ -88,6 +88,19 @@ def insert_with(column: str, value: str) -> str:
     return f"INSERT INTO outbox {ROW}, {column}) VALUES ('order', '1', 1, '{{plain:a}}', '{{}}', {value})"
 
 
+WRITTEN = [
+    "event_id",
+    "aggregate_type",
+    "aggregate_id",
+    "version",
+    "kind",
+    "channels",
+    "payload",
+    "tags",
+    "expires_at",
+    "traceparent",
+    "base_version",
+]
 FORBIDDEN_TO_WRITER = [
     "SELECT FROM outbox",
     f"{INSERT} RETURNING id",
@@ -105,11 +118,17 @@ FORBIDDEN_TO_WRITER = [
     "DELETE FROM outbox_hold",
     "SELECT FROM outbox_epoch",
     "UPDATE outbox_epoch SET bumped_at = now()",
+    *(f"UPDATE outbox SET {column} = {column}" for column in WRITTEN),
+    "LOCK TABLE outbox IN ACCESS EXCLUSIVE MODE",
+    "CREATE TRIGGER t AFTER INSERT ON outbox FOR EACH ROW EXECUTE FUNCTION outbox_written()",
+    "CREATE POLICY p ON outbox",
     "DROP TABLE outbox",
     "ALTER TABLE outbox DISABLE TRIGGER ALL",
 ]
 FORBIDDEN_TO_RELAY = [
     INSERT,
+    *(f"UPDATE outbox SET {column} = {column}" for column in WRITTEN),
+    "UPDATE outbox SET created_at = now()",
     "TRUNCATE outbox",
     "INSERT INTO outbox_lane VALUES (256)",
     "DELETE FROM outbox_lane",
@@ -123,6 +142,8 @@ FORBIDDEN_TO_RELAY = [
     "ALTER TABLE outbox DISABLE TRIGGER outbox_written",
     "DROP FUNCTION outbox_written CASCADE",
     "DROP FUNCTION outbox_epoch",
+    "CREATE TRIGGER t AFTER UPDATE ON outbox FOR EACH ROW EXECUTE FUNCTION outbox_written()",
+    "CREATE FUNCTION trojan() RETURNS int LANGUAGE sql AS 'SELECT 1'",
     "UPDATE outbox_relay_version SET version_num = 'x'",
 ]
 

@@ -302,6 +302,9 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "tag-key": ({"tags": {1: "a"}}, "tag is a int: give a str"),
     "tag-nul": ({"tags": {"a": "\0"}}, "tag 'a' contains a NUL character"),
     "expires-naive": ({"expires_at": datetime(2030, 1, 1)}, "expires_at needs a datetime with a time zone"),  # noqa: DTZ001
+    "expires-early": ({"expires_at": datetime(1969, 12, 31, tzinfo=UTC)}, "in the year 1969: give 1970 to 9998"),
+    "expires-late": ({"expires_at": datetime.max.replace(tzinfo=UTC)}, "in the year 9999: give 1970 to 9998"),
+    "tags-big": ({"tags": {"a": "x" * 4088}}, "tags have 4097 bytes of JSON, the limit is 4096"),
     "expires-delta": ({"expires_at": timedelta(1)}, "expires_at needs a datetime with a time zone"),
     "event-id-str": ({"event_id": str(EVENT_ID)}, "event_id is a str: give a uuid.UUID"),
     "traceparent": ({"traceparent": 5}, "traceparent is a int: give a str"),
@@ -568,6 +571,10 @@ FITTING: list[dict[str, Any]] = [
     {"tags": '{"Ob": "x", "a": "ob"}'},
     {"version": 2, "base_version": 1},
     {"base_version": 0},
+    {"tags": json.dumps({"a": "x" * 4087})},
+    {"tags": json.dumps({"a": "\x1f" * 681})},
+    {"expires_at": "1970-01-01 00:00Z"},
+    {"expires_at": "9999-01-01 00:00Z"},
 ]
 IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     "type-empty": ({"aggregate_type": ""}, "aggregate_type_has_1_to_255_characters"),
@@ -594,6 +601,10 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     "tag-object": ({"tags": '{"a": {"b": "c"}}'}, "tags_are_an_object_of_strings"),
     "tag-list": ({"tags": '{"a": ["b"]}'}, "tags_are_an_object_of_strings"),
     "tag-ob": ({"tags": '{"a": "b", "ob": "2"}'}, "no_tag_starts_with_ob"),
+    "tags-big": ({"tags": json.dumps({"a": "x" * 4088})}, "tags_have_at_most_4_kib"),
+    "expires-never": ({"expires_at": "infinity"}, "expires_at_is_from_1970_to_9998"),
+    "expires-before-christ": ({"expires_at": "0044-03-15 BC"}, "expires_at_is_from_1970_to_9998"),
+    "expires-late": ({"expires_at": "9999-12-31"}, "expires_at_is_from_1970_to_9998"),
     "tag-ob-prefix": ({"tags": '{"object": "x"}'}, "no_tag_starts_with_ob"),
     "base-version": ({"base_version": 1}, "base_version_is_0_to_version_minus_1"),
     "base-below-zero": ({"base_version": -1}, "base_version_is_0_to_version_minus_1"),
