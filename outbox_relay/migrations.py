@@ -279,7 +279,10 @@ def _refuse_to_lose_events(op: Operations | Any, schema: str | None) -> None:
 def render(text: str, schema: str | None) -> list[str]:
     """Split one version's text into statements for `schema` (default: public): a blank line ends one."""
     quoted = _quote(schema or "public")
-    return [part.strip() for part in text.replace("{schema}", quoted).split(";\n\n") if part.strip(" \n;")]
+    # The body of a function ends at the next such tag, and one of 64 letters is longer than a name can be.
+    tag = f"${'_' * 64}$" if "$" in quoted else "$$"
+    parts = (part.strip() for part in text.split(";\n\n"))
+    return [part.replace("$$", tag).replace("{schema}", quoted) for part in parts if part.strip(" \n;")]
 
 
 def plain_sql(schema: str | None = None) -> str:

@@ -184,7 +184,7 @@ def test_a_channel_is_one_string(text: str, connect: Connect, run_relay: RunRela
     assert two["broadcast"]["channels"] == [text, "plain:a"]
 
 
-@pytest.mark.parametrize("schema", ['a"b', "a'; DROP TABLE outbox; --", "%(id)s {outbox} %s", "Ünï \n:x"])
+@pytest.mark.parametrize("schema", ['a"b', "a'; DROP TABLE outbox; --", "%(id)s {outbox} %s", "Ünï $$ ;\n\n:x"])
 def test_a_schema_of_any_name(
     schema: str, empty_database_url: str, run_relay: RunRelay, centrifugo: Centrifugo, channel: str
 ) -> None:
