@@ -48,6 +48,10 @@ test-lowest: setup debian $(LOWEST) ## Run the suite with the oldest dependencie
 interleavings: setup ## Play all orders of the steps of two writers and two relays (ARGS='-k 01_of_20')
 	.venv/bin/python -m pytest -n $(JOBS) --full $(ARGS) tests/test_interleavings.py
 
+.PHONY: fuzz
+fuzz: setup ## Try 100,000 hostile replies and 100,000 odd rows (ARGS='-k 01')
+	.venv/bin/python -m pytest -n $(JOBS) --full $(ARGS) tests/test_fuzz_replies.py tests/test_fuzz_rows.py
+
 .PHONY: bench
 bench: setup ## Measure beside the rivals, write docs/benchmarks.md (QUICK=1, FULL=1, ARGS="--only 'drain/*'")
 	@.venv/bin/python -m bench --mode $(if $(QUICK),quick,$(if $(FULL),full,short)) $(ARGS)

@@ -9,6 +9,7 @@ import json
 import re
 import ssl
 from collections.abc import Iterable, Mapping, Sequence
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from itertools import accumulate
 from typing import Any, Final
 
@@ -62,6 +63,8 @@ class Centrifugo:
                 "Accept-Encoding": "identity",
             },
             timeout=timeout,
+            # Else each answer could leave some more to be sent with every request.
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
             trust_env=False,
             follow_redirects=False,
         )
