@@ -41,6 +41,7 @@ class Row(NamedTuple):
     kind: str
     channels: list[str]
     payload: str
+    base_version: int | None
     tags: dict[str, str] | None
 
 
@@ -113,23 +114,26 @@ def payload(chance: Chance) -> str:
 
 def row(chance: Chance, channels: Sequence[str] | None = None) -> Row:
     own = list({f"plain:{name(chance)}"[:60] for _ in range(chance.choice([1, 1, 1, 2, 5]))})
+    version = chance.choice([1, 2, 2**31, 2**53 - 1, chance.randint(1, 2**53 - 1)])
     keys = (key for key in (text(chance) for _ in range(3)) if not key.startswith("ob"))
     return Row(
         str(uuid.UUID(int=chance.getrandbits(128))),
         name(chance),
         name(chance),
-        chance.choice([1, 2, 2**31, 2**53 - 1, chance.randint(1, 2**53 - 1)]),
+        version,
         chance.choice(["change", "snapshot", "tombstone"]),
         list(channels or own),
         payload(chance),
+        chance.choice([None, 0, version - 1]),
         chance.choice([None, {}, {key: text(chance) for key in keys}]),
     )
 
 
 def insert(connection: Connection, rows: Sequence[Row]) -> None:
     statement = (
-        "INSERT INTO outbox (event_id, aggregate_type, aggregate_id, version, kind, channels, payload, tags) "
-        "VALUES (%s, %s, %s, %s, %s, %s, %s, %s)"
+        "INSERT INTO outbox (event_id, aggregate_type, aggregate_id, version, kind, channels, payload, base_version, "
+        "                    tags) "
+        "VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)"
     )
     with connection.transaction(), connection.cursor() as cursor:
         cursor.executemany(statement, [(*row[:-1], None if row.tags is None else json.dumps(row.tags)) for row in rows])
@@ -155,10 +159,11 @@ def sent(events: Sequence[Event]) -> Iterator[tuple[Event, dict[str, bytes]]]:
         yield event, members(request)
 
 
-def as_sent(row: Row, event: Event) -> dict[str, Any]:
+def as_sent(row: Row, event: Event, epoch: str) -> dict[str, Any]:
     target = {"channel": row.channels[0]} if len(row.channels) == 1 else {"channels": row.channels}
     own = {"ob": "1", "ob_type": row.aggregate_type, "ob_id": row.aggregate_id, "ob_version": str(row.version)}
-    own |= {"ob_event": row.event_id, "ob_kind": row.kind}
+    own |= {"ob_event": row.event_id, "ob_kind": row.kind, "ob_epoch": epoch}
+    own |= {} if row.base_version is None else {"ob_base": str(row.base_version)}
     return {**target, "idempotency_key": f"{row.event_id}:{event.id}", "tags": own | (row.tags or {})}
 
 
@@ -178,12 +183,13 @@ def test_rows_are_sent_as_they_were_written(
     written = {row.event_id: row for row in rows}
     assert len(written) == count
     insert(connection, rows)
+    [(epoch,)] = connection.execute("SELECT outbox_epoch()").fetchall()
     with closing(Store(database_url)) as store:
         for events in read(store):
             for event, fields in sent(events):
                 original = written.pop(event.event_id)
                 assert fields.pop("data") == original.payload.strip(" \t\r\n").encode()
-                assert {field: json.loads(part) for field, part in fields.items()} == as_sent(original, event)
+                assert {field: json.loads(part) for field, part in fields.items()} == as_sent(original, event, epoch)
     assert written == {}
 
 

@@ -116,7 +116,8 @@ def test_hazard_15_what_a_failover_undid_does_not_swallow_what_takes_its_place(
     primary: Postgres, standby: Postgres, make_relay: MakeRelay, subscribe: Subscribe, channel: str
 ) -> None:
     """Version 1 was published and is gone with the old primary; the new one gives the same version to other content.
-    It is published too: the idempotency key is the row's, not the version's."""
+    It is published too, because the idempotency key is the row's, not the version's; and its epoch is another one, so
+    that subscribers do not compare the versions."""
     subscriber = subscribe(channel)
     with make_relay(database_url=either(primary, standby)):
         with psycopg.connect(primary.url(), autocommit=True) as connection:
@@ -128,7 +129,9 @@ def test_hazard_15_what_a_failover_undid_does_not_swallow_what_takes_its_place(
             assert states(connection) == {}
             write(connection, "1", 1, channel, '"true"')
             wait_until(lambda: states(connection) == {"delivered": 1}, "it is delivered")
-    assert [(heard.version, heard.data) for heard in subscriber.wait_for(2)] == [(1, b'"undone"'), (1, b'"true"')]
+    undone, true = subscriber.wait_for(2)
+    assert [(heard.version, heard.data) for heard in (undone, true)] == [(1, b'"undone"'), (1, b'"true"')]
+    assert undone.tags["ob_epoch"] != true.tags["ob_epoch"]
 
 
 def test_hazard_17_a_primary_that_was_demoted_is_left(
