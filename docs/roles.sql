@@ -28,6 +28,8 @@ ALTER TYPE :"schema".outbox_kind OWNER TO :"owner";
 ALTER TYPE :"schema".outbox_state OWNER TO :"owner";
 ALTER FUNCTION :"schema".outbox_written() OWNER TO :"owner";
 ALTER FUNCTION :"schema".outbox_epoch() OWNER TO :"owner";
+ALTER FUNCTION :"schema".outbox_put_back() OWNER TO :"owner";
+ALTER SEQUENCE :"schema".outbox_generation OWNER TO :"owner";
 REVOKE ALL ON :"schema".outbox, :"schema".outbox_lane, :"schema".outbox_hold, :"schema".outbox_epoch FROM PUBLIC;
 REVOKE ALL ON FUNCTION :"schema".outbox_epoch() FROM PUBLIC;
 
@@ -42,6 +44,7 @@ GRANT SELECT, UPDATE ON :"schema".outbox_lane TO :"relay";
 GRANT SELECT, INSERT, UPDATE, DELETE ON :"schema".outbox_hold TO :"relay";
 -- For `outbox-relay epoch`; the relay itself asks the function.
 GRANT SELECT, UPDATE ON :"schema".outbox_epoch TO :"relay";
+GRANT SELECT ON SEQUENCE :"schema".outbox_generation TO :"relay";
 
 -- Absent where the application's own migrations made the tables.
 SELECT format('ALTER TABLE %I.outbox_relay_version OWNER TO %I; GRANT SELECT ON %I.outbox_relay_version TO %I',

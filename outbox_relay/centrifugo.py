@@ -54,9 +54,8 @@ class Centrifugo:
         self._pace = Pace(parallel)
         self._api = api_url(url)
         self._deadline = Deadline()
-        self._transport = DeadlineTransport(self._deadline, verify)
         self._client = httpx.Client(
-            transport=self._transport,
+            transport=DeadlineTransport(self._deadline, verify),
             headers={
                 "X-API-Key": api_key,
                 "Content-Type": "application/json",
@@ -112,7 +111,6 @@ class Centrifugo:
 
     def _batch(self, body: bytes, commands: int, deadline: float | None) -> list[Any] | Outage:
         self._deadline.at = boottime() + self.timeout if deadline is None else deadline
-        self._transport.drop_surplus()
         try:
             with self._client.stream("POST", f"{self._api}/batch", content=body) as response:
                 if response.status_code != 200:

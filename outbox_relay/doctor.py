@@ -22,6 +22,7 @@ _GRANTS: Final = {
     "outbox_lane": ("SELECT", "UPDATE"),
     "outbox_hold": ("SELECT", "INSERT", "UPDATE", "DELETE"),
     "outbox_epoch": ("SELECT", "UPDATE"),
+    "outbox_generation": ("SELECT",),
 }
 
 

@@ -221,12 +221,29 @@ $$;
 CREATE TRIGGER outbox_written
     BEFORE INSERT OR UPDATE OF aggregate_type, aggregate_id, version, channels, payload, tags, base_version, expires_at
     ON {schema}.outbox FOR EACH ROW EXECUTE FUNCTION {schema}.outbox_written();
+
+-- Relays remember below which id nothing is pending. An event that is put back says that this is no longer so.
+CREATE SEQUENCE {schema}.outbox_generation;
+
+CREATE FUNCTION {schema}.outbox_put_back() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path = pg_catalog AS $$
+BEGIN
+    PERFORM nextval((quote_ident(TG_TABLE_SCHEMA) || '.outbox_generation')::regclass);
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER outbox_put_back
+    AFTER UPDATE OF state ON {schema}.outbox FOR EACH ROW
+    WHEN (NEW.state = 'pending' AND OLD.state <> 'pending') EXECUTE FUNCTION {schema}.outbox_put_back();
 """
 
 _V1_DOWN = """
 DROP TABLE {schema}.outbox_hold, {schema}.outbox_lane, {schema}.outbox, {schema}.outbox_epoch;
 
-DROP FUNCTION {schema}.outbox_written, {schema}.outbox_epoch;
+DROP FUNCTION {schema}.outbox_written, {schema}.outbox_epoch, {schema}.outbox_put_back;
+
+DROP SEQUENCE {schema}.outbox_generation;
 
 DROP TYPE {schema}.outbox_kind, {schema}.outbox_state;
 """

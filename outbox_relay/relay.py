@@ -203,8 +203,6 @@ class Worker:
         most this batch is published again.
         """
         options = self._options
-        if self._store.wake_up:
-            self._store.wake_up.get_up()
         if self._untried:
             self._store.prove_writable()
         with self._store.batch():
@@ -513,10 +511,9 @@ class Relay:
     def _rest(self, store: Store, seconds: float) -> bool:
         """Wait for `seconds` or until an event is committed, and return whether that is known to have happened.
 
-        The first look comes soon, without the trouble of falling asleep for it. A sleeper does not hear `stop`.
+        A sleeper does not hear `stop`.
         """
-        wake_up = store.wake_up if seconds > self._options.poll_min else None
-        told = wake_up.sleep(min(self._options.poll_max, SLEEP_AT_MOST)) if wake_up else None
+        told = store.wake_up.sleep(min(self._options.poll_max, SLEEP_AT_MOST)) if store.wake_up else None
         if told is None:
             self._shared.stopping.wait(seconds)
         return bool(told)

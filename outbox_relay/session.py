@@ -33,52 +33,50 @@ class Session:
         wake_up: bool = True,
     ) -> None:
         self._connection = connect(database_url)
-        try:
-            self.direct = self._prepare()
-        except BaseException:
-            self._connection.close()
-            raise
-        self.wake_up = (
-            WakeUp(self._connection, sql.Identifier(schema, "outbox").as_string()) if self.direct and wake_up else None
-        )
+        self.table = sql.Identifier(schema, "outbox").as_string()
         self.schema = schema
         self.request_timeout = request_timeout
         self.session_timeout = request_timeout + batch_time + 1.0
         self._asked_at = boottime()
+        self._begin = "BEGIN ISOLATION LEVEL READ COMMITTED, READ WRITE"
+        try:
+            self.direct = self._prepare()
+        except psycopg.Error as error:
+            self.close()
+            raise DatabaseUnavailableError(one_line(error)) from error
+        self.wake_up = WakeUp(self._connection, self.table) if self.direct and wake_up else None
         # Whatever the schema is called, it is no placeholder.
         self._names: Mapping[str, Any] = {
             name: sql.SQL(sql.Identifier(schema, name).as_string().replace("%", "%%"))
-            for name in ("outbox", "outbox_lane", "outbox_hold", "outbox_epoch")
+            for name in ("outbox", "outbox_lane", "outbox_hold", "outbox_epoch", "outbox_generation")
         } | {"lane": sql.SQL(LANE)}
-        self._sql: dict[str, sql.Composed] = {}
-        milliseconds = round(self.session_timeout * 1000)
-        # One text, one round trip. A role's own defaults must not decide what a batch sees or how long it waits.
-        self._begin = (
-            "BEGIN ISOLATION LEVEL READ COMMITTED, READ WRITE; "
-            f"SET LOCAL idle_in_transaction_session_timeout = {milliseconds}; "
-            f"SET LOCAL statement_timeout = {milliseconds}; SET LOCAL lock_timeout = 1000; "
-            "SET LOCAL search_path = pg_catalog; SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; "
-            "SET LOCAL enable_mergejoin = off; SET LOCAL enable_bitmapscan = off; SET LOCAL jit = off; "
-            "SET LOCAL plan_cache_mode = force_generic_plan"
-        )
+        self._sql: dict[str, bytes] = {}
 
     def close(self) -> None:
         self._connection.close()
 
     def _prepare(self) -> bool:
-        """Have PostgreSQL keep the plans of statements, and use nobody's functions but its own, also between batches.
+        """Make the session's settings its own, and return whether it is one: behind a pooler it may be several.
 
-        Not where a pooler would give that to another session; returns whether there is none.
-        A pooler answers with a process id of its own.
+        A role's own defaults must not decide what a batch sees or how long it waits. Where a pooler may give every
+        transaction another session each begins with them, and no statement is prepared. A pooler answers with a process
+        id of its own.
         """
-        try:
-            row = self._connection.execute("SELECT pg_catalog.pg_backend_pid()").fetchone()
-        except psycopg.Error as error:
-            raise DatabaseUnavailableError(one_line(error)) from error
+        milliseconds = round(self.session_timeout * 1000)
+        settings = {
+            "idle_in_transaction_session_timeout": milliseconds,
+            "statement_timeout": milliseconds,
+            "lock_timeout": 1000,
+            "search_path": "pg_catalog",
+            "plan_cache_mode": "force_generic_plan",
+        } | dict.fromkeys(("enable_seqscan", "enable_hashjoin", "enable_mergejoin", "enable_bitmapscan", "jit"), "off")
+        row = self._connection.execute("SELECT pg_catalog.pg_backend_pid()").fetchone()
         direct = row == (self._connection.info.backend_pid,)
         if direct:
-            self._connection.execute("SET search_path = pg_catalog")
-        self._connection.prepare_threshold = 0 if direct else None
+            self._connection.execute("; ".join(f"SET {name} = {value}" for name, value in settings.items()))
+            self._connection.prepare_threshold = 0
+        else:
+            self._begin += "".join(f"; SET LOCAL {name} = {value}" for name, value in settings.items())
         return direct
 
     @contextmanager
@@ -88,7 +86,7 @@ class Session:
         Raises `DatabaseUnavailableError` for whatever the database or the connection has against it.
         """
         try:
-            self.execute_raw(self._begin)
+            self.execute_raw(self._begin + self.wake_up.get_up() if self.wake_up else self._begin)
             try:
                 yield
             except BaseException:
@@ -118,11 +116,11 @@ class Session:
         return rows[0]
 
     def execute(self, query: LiteralString, **parameters: Any) -> psycopg.Cursor[Any]:
-        composed = self._sql.get(query)
-        if composed is None:
-            composed = self._sql[query] = sql.SQL(query).format(**self._names)
+        text = self._sql.get(query)
+        if text is None:
+            text = self._sql[query] = sql.SQL(query).format(**self._names).as_bytes(self._connection)
         asked_at = boottime()
-        cursor = self._connection.execute(composed, parameters)
+        cursor = self._connection.execute(text, parameters)
         self._asked_at = asked_at
         return cursor
 

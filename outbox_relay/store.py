@@ -16,6 +16,7 @@ from psycopg import errors
 
 from outbox_relay.database import DatabaseUnavailableError, one_line
 from outbox_relay.outcome import Dead, Event, Held, Hold, Outcome, Settlement, boottime
+from outbox_relay.start_hint import START, StartHint
 from outbox_relay.upkeep import Upkeep
 
 SWEEP: Final = 10_000
@@ -59,32 +60,44 @@ _ID, _LANE, _PAYLOAD = (Event._fields.index(name) for name in ("id", "lane", "pa
 _COLUMNS: Final = "id, event_id::text, aggregate_type, aggregate_id, lane, version, kind::text, channels,"
 _REST: Final = "tags::text, accepted, date_part('epoch', created_at), replay, base_version, (SELECT {outbox_epoch}())"
 
+# The first lane after {lane_before}, up to part.high, that has pending events or a hold among those longest due. Here
+# and below the lane is asked for as a range: only the index by lane has this order. With `=` the planner may walk
+# through another one instead, where statistics say that most rows are in that lane.
+_NEXT: Final = """least(
+    (SELECT {lane} FROM {outbox} AS o
+     WHERE {lane} > {lane_before} AND {lane} <= part.high AND o.id >= {start} AND o.state = 'pending'
+     ORDER BY {lane}, o.id LIMIT 1),
+    (SELECT min(lane) FROM unnest(due.lanes) AS lane WHERE lane > {lane_before} AND lane <= part.high))
+""".replace("{start}", START)
+
+# From one busy lane to the next, so that a single event costs a few buffers, round the circle of lanes.
 _CLAIM: Final = """
-SELECT l.lane, l.has_due_hold, date_part('epoch', clock_timestamp())
-FROM generate_series(1, 256) AS step(n)
+SELECT l.lane, coalesce(l.lane = ANY(due.lanes), false), date_part('epoch', clock_timestamp())
+FROM (
+    SELECT array_agg(h.lane) AS lanes
+    FROM (SELECT lane FROM {outbox_hold} WHERE due_at <= statement_timestamp()
+          ORDER BY due_at LIMIT %(holds)s) AS h
+) AS due
+CROSS JOIN (VALUES (%(after)s::smallint, 255::smallint), (-1::smallint, %(after)s::smallint)) AS part(low, high)
 CROSS JOIN LATERAL (
-    SELECT c.lane, d.due IS NOT NULL AS has_due_hold
-    FROM {outbox_lane} AS c
-    LEFT JOIN LATERAL (
-        SELECT true AS due FROM {outbox_hold} AS h
-        -- Here and below a range of one lane: only the index by lane has this order. With `=` the planner may walk
-        -- through another one instead, where statistics say that most rows are in that lane.
-        WHERE h.lane BETWEEN c.lane AND c.lane AND h.due_at <= statement_timestamp()
-        ORDER BY h.lane, h.due_at LIMIT 1
-    ) AS d ON true
-    WHERE c.lane = (%(after)s + step.n) %% 256
-      -- A scalar subquery with ORDER BY and LIMIT stays one index probe per lane; EXISTS may become a hash of
-      -- the whole backlog.
-      AND (d.due OR (SELECT true FROM {outbox} AS o
-                     WHERE {lane} BETWEEN c.lane AND c.lane AND o.state = 'pending'
-                     ORDER BY {lane}, o.id LIMIT 1))
-    FOR NO KEY UPDATE OF c SKIP LOCKED
+    WITH RECURSIVE busy(lane) AS (
+        SELECT {first}
+        UNION ALL
+        SELECT {next} FROM busy WHERE busy.lane < part.high
+    )
+    SELECT lane FROM busy WHERE lane IS NOT NULL
+) AS busy
+CROSS JOIN LATERAL (
+    SELECT c.lane FROM {outbox_lane} AS c WHERE c.lane = busy.lane FOR NO KEY UPDATE SKIP LOCKED
 ) AS l
 LIMIT %(limit)s
-"""
+""".replace("{first}", _NEXT.replace("{lane_before}", "part.low")).replace(
+    "{next}", _NEXT.replace("{lane_before}", "busy.lane")
+)
 
 # The bytes that the rows before a row take bound the batch; id order makes the cut a suffix of every aggregate.
-_READ_PENDING: Final = """
+_READ_PENDING: Final = (
+    """
 SELECT {columns} CASE WHEN held IS NULL THEN payload::text END, {rest}
 FROM (
     SELECT e.*,
@@ -98,13 +111,16 @@ FROM (
     FROM unnest(%(lanes)s::smallint[]) AS l(lane)
     CROSS JOIN LATERAL (
         SELECT l.lane, o.* FROM {outbox} AS o
-        WHERE {lane} BETWEEN l.lane AND l.lane AND o.state = 'pending'
+        WHERE {lane} BETWEEN l.lane AND l.lane AND o.id >= {start} AND o.state = 'pending'
         ORDER BY {lane}, o.id LIMIT %(quota)s
     ) AS e
 ) AS e
 WHERE coalesce(bytes_before, 0) < %(max_bytes)s
 ORDER BY id
-""".replace("{columns}", _COLUMNS).replace("{rest}", _REST)
+""".replace("{columns}", _COLUMNS)
+    .replace("{rest}", _REST)
+    .replace("{start}", START)
+)
 
 _READ_DUE: Final = """
 SELECT {columns} payload::text, {rest},
@@ -137,13 +153,13 @@ UPDATE {outbox} AS p SET state = 'parked'
 FROM unnest(%(lanes)s::smallint[]) AS l(lane)
 CROSS JOIN LATERAL (
     SELECT o.id, o.aggregate_type, o.aggregate_id FROM {outbox} AS o
-    WHERE {lane} BETWEEN l.lane AND l.lane AND o.state = 'pending'
+    WHERE {lane} BETWEEN l.lane AND l.lane AND o.id >= {start} AND o.state = 'pending'
     ORDER BY {lane}, o.id LIMIT %(limit)s
 ) AS met
 WHERE p.id = met.id AND p.state = 'pending'
   AND (SELECT true FROM {outbox_hold} AS h
        WHERE h.aggregate_type = met.aggregate_type AND h.aggregate_id = met.aggregate_id)
-"""
+""".replace("{start}", START)
 
 _DELIVERED: Final = """
 UPDATE {outbox} SET state = 'delivered', settled_at = clock_timestamp(), accepted = NULL, error = NULL
@@ -212,11 +228,11 @@ UPDATE {outbox_lane} SET lane = lane
 WHERE lane = (SELECT lane FROM {outbox_lane} LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED)
 """
 
-# Cheap enough to ask many times a second: two index probes.
+# Cheap enough to ask many times a second: index probes.
 _IDLE: Final = """
-SELECT (SELECT true FROM {outbox} AS o WHERE o.state = 'pending' ORDER BY {lane}, o.id LIMIT 1)
+SELECT (SELECT true FROM {outbox} AS o WHERE o.id >= {start} AND o.state = 'pending' ORDER BY {lane}, o.id LIMIT 1)
     OR (SELECT true FROM {outbox_hold} WHERE due_at <= statement_timestamp() ORDER BY due_at LIMIT 1)
-"""
+""".replace("{start}", START)
 
 
 class Store(Upkeep):
@@ -228,13 +244,15 @@ class Store(Upkeep):
     def __init__(self, database_url: str, *, keep_delivered: bool = True, **options: Any) -> None:
         super().__init__(database_url, **options)
         self._delivered = _DELIVERED if keep_delivered else _DELIVERED_AND_DELETED
+        self._hint = StartHint(self.execute, self.table, usable=self.direct)
 
     def claim(self, after: int, lanes: int) -> Claim:
         """Lock up to `lanes` lanes with something to do, the first one after lane `after`.
 
         The lock is a statement of its own: what it waited for is seen by the next statement's fresh snapshot.
         """
-        rows = self.execute(_CLAIM, after=after, limit=lanes).fetchall()
+        self._hint.renew()
+        rows = self.execute(_CLAIM, after=after, limit=lanes, holds=DUE_HOLDS, **self._hint.parameters).fetchall()
         clock = Clock(rows[0][2] if rows else 0.0, boottime())
         return Claim([Lane(lane, due) for lane, due, _ in rows], clock)
 
@@ -255,8 +273,9 @@ class Store(Upkeep):
                     batch.events.append(Event._make(row[: len(Event._fields)]))
         numbers = [lane.lane for lane in lanes]
         held: dict[int, list[int]] = {}
-        rows = self.execute(_READ_PENDING, lanes=numbers, quota=quota, max_bytes=max_bytes)
+        rows = self.execute(_READ_PENDING, lanes=numbers, quota=quota, max_bytes=max_bytes, **self._hint.parameters)
         for row in rows.fetchall():
+            self._hint.read(row[_ID])
             if row[_PAYLOAD] is not None:
                 batch.events.append(Event._make(row))
             else:
@@ -270,7 +289,8 @@ class Store(Upkeep):
         parked = self.execute(_PARK, ids=[id_ for ids in held.values() for id_ in ids]).rowcount
         crowded = [lane for lane, ids in held.items() if 2 * len(ids) > quota]
         if crowded:
-            parked += self.execute(_SWEEP, lanes=crowded, limit=SWEEP // len(crowded)).rowcount
+            limit = SWEEP // len(crowded)
+            parked += self.execute(_SWEEP, lanes=crowded, limit=limit, **self._hint.parameters).rowcount
         return parked
 
     def prove_writable(self) -> None:
@@ -295,7 +315,6 @@ class Store(Upkeep):
             self.execute_raw("SAVEPOINT settle")
             try:
                 self._settle(delivered, refused, holds)
-                self.execute_raw("RELEASE SAVEPOINT settle")
             except _RETRIED:
                 if not left:
                     raise
@@ -330,7 +349,8 @@ class Store(Upkeep):
             answer: bool | None = self.ask(_IDLE)[0]  # a batch's settings come with a transaction alone
             return answer is True
         try:
-            return self.execute(_IDLE).fetchall()[0][0] is True
+            self._hint.renew()
+            return self.execute(_IDLE, **self._hint.parameters).fetchall()[0][0] is True
         except psycopg.Error as error:
             raise DatabaseUnavailableError(one_line(error)) from error
 

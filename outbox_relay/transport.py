@@ -1,21 +1,28 @@
-"""httpx's transport, whose time-outs are per operation, with one deadline for the whole request.
+"""httpx's transport by the standard library's HTTP, with one deadline for the whole request.
 
-A process that was stopped in mid-request and goes on after the deadline sends not one byte more: the server sees
-a request cut short and runs none of it.
+httpx's own time-outs are per operation. A process that was stopped in mid-request and goes on after the deadline sends
+not one byte more: the server sees a request cut short and runs none of it. Its own transport also takes more time for a
+small request than all the rest of a batch, and twice as much for a large one.
 """
 
 from __future__ import annotations
 
+import http.client
+import io
+import select
+import socket
 import ssl
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
-import httpcore
 import httpx
 
 from outbox_relay.outcome import boottime
 
 _CHUNK: Final = 256 * 1024
+_READ: Final = 64 * 1024
+_KEEP_ALIVE: Final = 10.0
 
 
 class Deadline:
@@ -24,78 +31,139 @@ class Deadline:
     def __init__(self) -> None:
         self.at = 0.0
 
-    def left(self, expired: type[httpcore.TimeoutException]) -> float:
-        """Seconds until the deadline. Raises `expired` when there are none."""
+    def left(self) -> float:
+        """Seconds until the deadline. Raises TimeoutError when there are none."""
         left = self.at - boottime()
         if left <= 0:
-            raise expired("the request's deadline has passed")
+            raise TimeoutError("the request's deadline has passed")
         return left
 
 
-class DeadlineTransport(httpx.HTTPTransport):
-    """One kept-alive connection, on which nothing is sent or awaited past `deadline`."""
+class DeadlineTransport(httpx.BaseTransport):
+    """One kept-alive connection to one server, on which nothing is sent or awaited past `deadline`."""
 
     def __init__(self, deadline: Deadline, verify: ssl.SSLContext | bool) -> None:
-        super().__init__(verify=verify, trust_env=False)
-        self._pool = httpcore.ConnectionPool(
-            ssl_context=httpx.create_ssl_context(verify=verify, trust_env=False),
-            max_connections=1,
-            max_keepalive_connections=1,
-            keepalive_expiry=10.0,
-            network_backend=_Backend(deadline),
-        )
-
-    def drop_surplus(self) -> None:
-        """Close a kept-alive connection that holds more than the last answer.
-
-        httpcore would take those bytes, of a proxy that answers twice, for the answer to the next request.
-        """
-        for connection in self._pool.connections:
-            http11 = connection._connection  # type: ignore[attr-defined]  # noqa: SLF001 - no public name tells it
-            if http11 is not None and http11._h11_state.trailing_data[0]:  # noqa: SLF001
-                connection.close()
-
-
-class _Backend(httpcore.NetworkBackend):
-    def __init__(self, deadline: Deadline) -> None:
         self._deadline = deadline
-        self._inner = httpcore.SyncBackend()
+        self._tls = httpx.create_ssl_context(verify=verify, trust_env=False)
+        self._connection: http.client.HTTPConnection | None = None
+        self._used_at = 0.0
 
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,  # noqa: ARG002 - the deadline stands in its place, here and below
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.NetworkStream:
-        left = self._deadline.left(httpcore.ConnectTimeout)
-        return _Stream(self._inner.connect_tcp(host, port, left, local_address, socket_options), self._deadline)
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Send `request`; the response's body is read as it is asked for. Raises httpx's errors."""
+        connection = self._connected(request.url)
+        try:
+            with _errors(httpx.WriteTimeout, httpx.WriteError):
+                target, headers = request.url.raw_path.decode(), dict(request.headers)
+                connection.request(request.method, target, request.content, headers)
+            with _errors(httpx.ReadTimeout, httpx.ReadError):
+                response = connection.getresponse()
+        except BaseException:
+            self.close()
+            raise
+        return httpx.Response(response.status, headers=response.getheaders(), stream=_Body(response, self))
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def answered(self) -> None:
+        """Keep the connection for the next request: the last one's answer was read to its end.
+
+        What came after it, of a proxy that answers twice, is gone with the answer's own buffer.
+        """
+        self._used_at = boottime()
+
+    def _connected(self, url: httpx.URL) -> http.client.HTTPConnection:
+        """The connection, a new one where the old one may have been given up by the server."""
+        if self._connection is not None:
+            old: Any = self._connection.sock
+            if old is not None and boottime() - self._used_at < _KEEP_ALIVE and not old.readable():
+                return self._connection
+            self.close()
+        with _errors(httpx.ConnectTimeout, httpx.ConnectError):
+            host = url.raw_host.decode()
+            secure = url.scheme == "https"
+            plain = socket.create_connection((host, url.port or (443 if secure else 80)), self._deadline.left())
+            try:
+                plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                plain.settimeout(self._deadline.left())
+                wrapped = self._tls.wrap_socket(plain, server_hostname=host) if secure else plain
+            except BaseException:
+                plain.close()
+                raise
+        connection = http.client.HTTPConnection(host)
+        connection.sock = _Socket(wrapped, self._deadline)
+        self._connection = connection
+        return connection
 
 
-class _Stream(httpcore.NetworkStream):
-    def __init__(self, inner: httpcore.NetworkStream, deadline: Deadline) -> None:
+class _Socket:
+    """What `http.client` needs of a socket, each call within what is left of the deadline."""
+
+    def __init__(self, inner: socket.socket, deadline: Deadline) -> None:
         self._inner = inner
         self._deadline = deadline
 
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ARG002
-        return self._inner.read(max_bytes, self._deadline.left(httpcore.ReadTimeout))
+    def sendall(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            self._inner.settimeout(self._deadline.left())
+            rest = rest[self._inner.send(rest[:_CHUNK]) :]
 
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ARG002
-        for start in range(0, len(buffer), _CHUNK):
-            self._inner.write(buffer[start : start + _CHUNK], self._deadline.left(httpcore.WriteTimeout))
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        return io.BufferedReader(_Reader(self._inner, self._deadline), _READ)
+
+    def readable(self) -> bool:
+        return bool(select.select([self._inner.fileno()], [], [], 0)[0])
 
     def close(self) -> None:
         self._inner.close()
 
-    def start_tls(
-        self,
-        ssl_context: ssl.SSLContext,
-        server_hostname: str | None = None,
-        timeout: float | None = None,  # noqa: ARG002
-    ) -> httpcore.NetworkStream:
-        left = self._deadline.left(httpcore.ConnectTimeout)
-        return _Stream(self._inner.start_tls(ssl_context, server_hostname, left), self._deadline)
 
-    def get_extra_info(self, info: str) -> Any:
-        return self._inner.get_extra_info(info)
+class _Reader(io.RawIOBase):
+    def __init__(self, inner: socket.socket, deadline: Deadline) -> None:
+        self._inner = inner
+        self._deadline = deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._inner.settimeout(self._deadline.left())
+        return self._inner.recv_into(buffer)
+
+
+class _Body(httpx.SyncByteStream):
+    """A response's body. A connection whose answer was not read to its end serves no second request."""
+
+    def __init__(self, response: http.client.HTTPResponse, transport: DeadlineTransport) -> None:
+        self._response = response
+        self._transport = transport
+
+    def __iter__(self) -> Iterator[bytes]:
+        with _errors(httpx.ReadTimeout, httpx.ReadError):
+            while chunk := self._response.read(_READ):
+                yield chunk
+            if self._response.length:
+                raise http.client.IncompleteRead(b"", self._response.length)
+
+    def close(self) -> None:
+        if self._response.isclosed() and not self._response.length:
+            self._transport.answered()
+        else:
+            self._transport.close()
+        self._response.close()
+
+
+@contextmanager
+def _errors(expired: type[httpx.TimeoutException], broken: type[httpx.NetworkError]) -> Iterator[None]:
+    """Raise httpx's errors for the standard library's."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise expired(str(error)) from error
+    except http.client.HTTPException as error:
+        raise httpx.RemoteProtocolError(f"{type(error).__name__}: {error}") from error
+    except OSError as error:
+        raise broken(str(error)) from error

@@ -10,27 +10,24 @@ from __future__ import annotations
 from typing import Any, Final
 
 import psycopg
+from psycopg import sql
 
 from outbox_relay.database import DatabaseUnavailableError, one_line
 from outbox_relay.outcome import boottime
 
 TRY_AGAIN: Final = 0.5
-"""Seconds until a session that could not fall asleep tries again: an idle one should not ask all the time."""
-
-_KEY = "pg_catalog.hashtextextended('outbox_relay', %(table)s::pg_catalog.regclass::pg_catalog.oid::bigint)"
-_FALL_ASLEEP = f"SELECT pg_catalog.pg_try_advisory_lock({_KEY})"
-_GET_UP = f"SELECT pg_catalog.pg_advisory_unlock({_KEY})"
+"""Seconds until a session asks again whether the relay that sleeps in its place still does."""
 
 
 class WakeUp:
-    """One session's sleep. `table` is the outbox's quoted name. Needs a session of its own: no pooler in between.
-
-    Every method raises `DatabaseUnavailableError`; what the session held is free then.
-    """
+    """One session's sleep. `table` is the outbox's quoted name. Needs a session of its own: no pooler in between."""
 
     def __init__(self, connection: psycopg.Connection[Any], table: str) -> None:
         self._connection = connection
-        self._table = table
+        key = f"pg_catalog.hashtextextended('outbox_relay', {sql.quote(table)}::pg_catalog.regclass::oid::bigint)"
+        # Writers share the lock until their commit, which is soon; another sleeper keeps it to himself.
+        self._fall_asleep = f"SELECT pg_catalog.pg_try_advisory_lock({key}), pg_catalog.pg_try_advisory_xact_lock_shared({key})".encode()
+        self._unlock = f"; SELECT pg_catalog.pg_advisory_unlock({key})"
         self._listens = False
         self._asleep = False
         self._try_at = 0.0
@@ -39,8 +36,8 @@ class WakeUp:
         """Sleep for `seconds`, or until an event is committed, and return whether one was.
 
         Falling asleep is False at once: whoever committed until then sends no NOTIFY, so look once more. None where
-        it cannot be done now, because a writer has not committed yet or another relay sleeps: nobody has waited, and
-        for half a second nobody asks again.
+        it cannot be done now, because a writer has not committed yet or another relay sleeps: nobody has waited.
+        Raises `DatabaseUnavailableError`; the lock is free then.
         """
         if not self._asleep and boottime() < self._try_at:
             return None
@@ -48,20 +45,16 @@ class WakeUp:
             if not self._listens:
                 self._connection.execute("LISTEN outbox_relay", prepare=False)
                 self._listens = True
-            if not self._asleep:
-                row = self._connection.execute(_FALL_ASLEEP, {"table": self._table}).fetchone()
-                self._asleep = row == (True,)
-                self._try_at = 0.0 if self._asleep else boottime() + TRY_AGAIN
-                return False if self._asleep else None
-            return any(True for _ in self._connection.notifies(timeout=seconds, stop_after=1))
+            if self._asleep:
+                return any(True for _ in self._connection.notifies(timeout=seconds, stop_after=1))
+            self._asleep, only_writers = self._connection.execute(self._fall_asleep).fetchall()[0]
+            self._try_at = 0.0 if self._asleep or only_writers else boottime() + TRY_AGAIN
         except psycopg.Error as error:
             raise DatabaseUnavailableError(one_line(error)) from error
+        return False if self._asleep else None
 
-    def get_up(self) -> None:
-        """Stop sleeping, so that writers are spared the NOTIFY while there is work."""
-        if self._asleep:
-            try:
-                self._connection.execute(_GET_UP, {"table": self._table})
-            except psycopg.Error as error:
-                raise DatabaseUnavailableError(one_line(error)) from error
-            self._asleep = False
+    def get_up(self) -> str:
+        """What ends the sleep, to be added to a statement: while there is work, writers are spared the NOTIFY."""
+        getting_up = self._unlock if self._asleep else ""
+        self._asleep = False
+        return getting_up

@@ -90,7 +90,7 @@ def server_url() -> Iterator[str]:
     if chosen := os.environ.get("OUTBOX_RELAY_TEST_DATABASE_URL"):
         yield chosen
     else:
-        with Postgres(settings={"max_connections": "200"}) as postgres:
+        with Postgres(settings={"max_connections": "200", "max_prepared_transactions": "10"}) as postgres:
             yield postgres.url()
 
 

@@ -113,12 +113,18 @@ def test_statements_stay_index_scans(url: str) -> None:
     idle, claim, read, settle = plans
     for plan in plans:
         for node in plan.nodes:
-            assert node.kind in INDEX_SCANS, (node, plan.query)
+            # A sequence is one row.
+            assert node.kind in INDEX_SCANS or node.relation == "outbox_generation", (node, plan.query)
             assert node.rows <= len(batch.events), (node, plan.query)
-    assert idle.buffers <= 10
+    assert idle.buffers <= 11
     assert claim.buffers + read.buffers <= 5 * len(batch.events)
     assert {node.relation for node in settle.nodes} == {"outbox"}
-    assert {node.relation for node in claim.nodes + read.nodes} == {"outbox", "outbox_lane", "outbox_hold"}
+    assert {node.relation for node in claim.nodes + read.nodes} == {
+        "outbox",
+        "outbox_lane",
+        "outbox_hold",
+        "outbox_generation",
+    }
 
 
 def _plan(message: str) -> Iterator[Plan]:

@@ -1,0 +1,101 @@
+"""Below which id no event is pending, so that nobody walks over what was settled.
+
+While some snapshot is held open, a replica's or a backup's, PostgreSQL keeps what settled events leave in the index of
+the pending ones, and whoever reads it from its start walks over all of that, batch after batch.
+
+An id that is not there may still come: its transaction has not committed. But whoever may write such an event holds
+ROW EXCLUSIVE on the outbox from before its id is drawn until it ends. So: what was read shows that all lower ids are
+drawn; those who hold that lock then are waited for, and what is pending after that is all that will ever be. Whoever
+puts an event back draws from a sequence of its own while holding that lock: a hint from before that is void.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, LiteralString, NamedTuple
+
+import psycopg
+
+from outbox_relay.outcome import boottime
+
+RENEW_EVERY: Final = 0.25
+"""Seconds. Between two renewals the events of that time are walked over, then no more."""
+
+GENERATION: Final = "(SELECT last_value + is_called::int FROM {outbox_generation})"
+START: Final = f"CASE WHEN {GENERATION} = %(generation)s THEN %(start)s ELSE 0 END"
+"""Where to start, in any statement with the hint's `parameters`."""
+
+_GENERATION: Final = f"SELECT {GENERATION}"
+
+# A prepared transaction keeps its virtual id (until a restart, which ends this session), and has no pid.
+_WRITERS: Final = """
+SELECT array_agg(l.virtualtransaction)
+FROM pg_locks AS l
+WHERE l.locktype = 'relation' AND l.relation = %(table)s::regclass AND l.mode = 'RowExclusiveLock' AND l.granted
+  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+  AND l.pid IS DISTINCT FROM pg_backend_pid()
+"""
+
+_OLDEST: Final = """
+SELECT min(oldest.id)
+FROM {outbox_lane} AS c CROSS JOIN LATERAL (
+    SELECT o.id FROM {outbox} AS o
+    WHERE {lane} BETWEEN c.lane AND c.lane AND o.id >= {start} AND o.state = 'pending'
+    ORDER BY {lane}, o.id LIMIT 1) AS oldest
+""".replace("{start}", START)
+
+Execute = Callable[..., psycopg.Cursor[Any]]
+
+
+class _Awaited(NamedTuple):
+    """The transactions that must end before every id below `below` is decided."""
+
+    below: int
+    generation: int
+    writers: frozenset[str]
+
+
+class StartHint:
+    """One session's hint. Never carried to another one: behind a new connection there may be another history.
+
+    `execute` runs a statement with named parameters and a snapshot of its own; `table` is the outbox's quoted name.
+    Unless `usable`, the hint stays at the start: behind a pooler one session may be several.
+    """
+
+    def __init__(self, execute: Execute, table: str, *, usable: bool) -> None:
+        self._execute = execute
+        self._table = table
+        self._usable = usable
+        self._start = 1
+        self._generation = 0
+        self._read = 0
+        self._awaited: _Awaited | None = None
+        self._renewed_at = 0.0
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        return {"start": self._start, "generation": self._generation}
+
+    def read(self, last_id: int) -> None:
+        """Take note of an event that was read."""
+        self._read = max(self._read, last_id)
+
+    def renew(self) -> None:
+        """Raise the hint where that is safe and due: at most four times a second, while events are read."""
+        if not self._usable or self._start > self._read or boottime() - self._renewed_at < RENEW_EVERY:
+            return
+        self._renewed_at = boottime()
+        generation = self._ask(_GENERATION)[0]
+        writers = frozenset(self._ask(_WRITERS, table=self._table)[0] or ())
+        awaited = self._awaited
+        if awaited and awaited.writers.isdisjoint(writers):
+            oldest = self._ask(_OLDEST, **self.parameters)[0]
+            self._start = awaited.below if oldest is None else min(oldest, awaited.below)
+            self._generation = awaited.generation
+            self._awaited = None
+        if self._awaited is None:
+            self._awaited = _Awaited(self._read + 1, generation, writers)
+
+    def _ask(self, query: LiteralString, **parameters: Any) -> tuple[Any, ...]:
+        row: tuple[Any, ...] = self._execute(query, **parameters).fetchall()[0]
+        return row

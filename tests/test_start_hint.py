@@ -1,0 +1,180 @@
+"""A claim starts where the pending events do, and never above one that may still come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from uuid import uuid4
+
+import psycopg
+import pytest
+
+from outbox_relay import start_hint
+from outbox_relay.operator import Operator
+from outbox_relay.store import Store
+from tests.conftest import Connect
+from tests.support.waiting import in_background, wait_until
+from tests.support.writing import backend_waits
+
+
+@pytest.fixture(autouse=True)
+def renewed_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start_hint, "RENEW_EVERY", 0.0)
+
+
+@pytest.fixture
+def store(database_url: str) -> Iterator[Store]:
+    with closing(Store(database_url)) as store:
+        yield store
+
+
+def write(connection: psycopg.Connection[tuple[int]], aggregate_id: str) -> int:
+    """Insert an event and return its id."""
+    row = connection.execute(
+        "INSERT INTO outbox (aggregate_type, aggregate_id, version, channels, payload) "
+        "VALUES ('order', %s, 1, '{plain:a}', '{}') RETURNING id",
+        (aggregate_id,),
+    ).fetchone()
+    assert row is not None
+    return row[0]
+
+
+def deliver(store: Store) -> list[int]:
+    """Claim all lanes, settle what is there as delivered, and return its ids."""
+    with store.batch():
+        lanes = store.claim(after=0, lanes=256).lanes
+        batch = store.read(lanes, events=10_000, per_lane=100, max_bytes=10_000_000)
+        ids = [event.id for event in batch.events]
+        store.settle(ids, [], batch.holds)
+    return ids
+
+
+def start(store: Store) -> int:
+    """Where the next claim starts."""
+    return store._hint.parameters["start"]
+
+
+def raise_to(store: Store, id_: int) -> None:
+    """Look twice, which is enough where nobody writes: once to see who does, once to see that they have ended."""
+    store.anything_to_do()
+    store.anything_to_do()
+    assert start(store) == id_
+
+
+def test_it_rises_with_what_was_read(store: Store, connect: Connect) -> None:
+    writer = connect()
+    written = [write(writer, str(n)) for n in range(5)]
+    assert deliver(store) == written
+    raise_to(store, written[-1] + 1)
+    assert not store.anything_to_do()
+    later = write(writer, "1")
+    assert store.anything_to_do()
+    assert deliver(store) == [later]
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["open", "prepared"])
+def test_it_waits_for_a_lower_id_that_may_still_come(store: Store, connect: Connect, prepared: bool) -> None:
+    """Its writer drew the id and has not committed, or has prepared to: no session has that transaction then."""
+    late, writer, name = connect(autocommit=False), connect(), uuid4().hex
+    low = write(late, "late")
+    high = write(writer, "1")
+    assert deliver(store) == [high]
+    assert not store.anything_to_do()
+    if prepared:
+        late.execute(f"PREPARE TRANSACTION '{name}'")
+    for _ in range(3):
+        assert not store.anything_to_do()
+        assert start(store) <= low
+    if prepared:
+        late.commit()
+        late.autocommit = True
+        late.execute(f"COMMIT PREPARED '{name}'")
+    else:
+        late.commit()
+    assert store.anything_to_do()
+    assert start(store) <= low
+    assert deliver(store) == [low]
+    raise_to(store, high + 1)
+
+
+def test_it_waits_for_a_writer_that_has_only_drawn_its_id(store: Store, connect: Connect) -> None:
+    """Stopped between the id and the row, it has no transaction id yet: nothing but its lock shows it."""
+    late, gate, writer = connect(autocommit=False), connect(autocommit=False), connect()
+    gate.execute("SELECT pg_advisory_xact_lock(42)")
+    writer.execute(
+        "CREATE FUNCTION wait_at_gate() RETURNS trigger LANGUAGE plpgsql AS $$ "
+        "BEGIN PERFORM pg_advisory_xact_lock_shared(42); RETURN NEW; END $$"
+    )
+    writer.execute(
+        "CREATE TRIGGER a_gate BEFORE INSERT ON outbox FOR EACH ROW WHEN (NEW.aggregate_id = 'late') "
+        "EXECUTE FUNCTION wait_at_gate()"
+    )
+    with in_background(lambda: write(late, "late")) as inserted:
+        try:
+            wait_until(lambda: backend_waits(writer, "Lock"), "the late writer waits in its trigger")
+            high = write(writer, "1")
+            assert deliver(store) == [high]
+            for _ in range(3):
+                assert not store.anything_to_do()
+                assert start(store) < high
+        finally:
+            gate.rollback()
+        low = inserted()
+    assert low < high
+    late.commit()
+    assert deliver(store) == [low]
+
+
+def test_it_stops_below_what_is_pending_elsewhere(store: Store, connect: Connect, database_url: str) -> None:
+    """What another relay has claimed and not settled may be pending again."""
+    writer = connect()
+    low, high = write(writer, "a"), write(writer, "b")
+    with closing(Store(database_url)) as other, other.batch():
+        assert len(other.claim(after=lane_of(writer, low) - 1, lanes=1).lanes) == 1
+        assert deliver(store) == [high]
+        store.anything_to_do()
+        store.anything_to_do()
+        assert start(store) <= low
+    assert deliver(store) == [low]
+
+
+def test_an_event_that_is_put_back_is_found(store: Store, connect: Connect, database_url: str) -> None:
+    """By whomever: the operator's verb, or an UPDATE by hand, that may commit while the hint rises."""
+    writer, hand = connect(), connect(autocommit=False)
+    first, second = write(writer, "1"), write(writer, "2")
+    assert deliver(store) == [first, second]
+    raise_to(store, second + 1)
+    Operator(database_url).replay([first])
+    assert store.anything_to_do()
+    assert deliver(store) == [first]
+    hand.execute("UPDATE outbox SET state = 'pending', settled_at = NULL WHERE id = %s", (second,))
+    for n in range(3):
+        third = write(writer, str(n))
+        assert deliver(store) == [third]
+    hand.commit()
+    assert store.anything_to_do()
+    assert deliver(store) == [second]
+    store.anything_to_do()
+    raise_to(store, third + 1)
+
+
+def test_a_rollback_of_putting_back_costs_nothing_but_time(store: Store, connect: Connect) -> None:
+    writer, hand = connect(), connect(autocommit=False)
+    first = write(writer, "1")
+    assert deliver(store) == [first]
+    raise_to(store, first + 1)
+    hand.execute("UPDATE outbox SET state = 'pending', settled_at = NULL WHERE id = %s", (first,))
+    hand.rollback()
+    assert not store.anything_to_do()
+    second = write(writer, "2")
+    assert deliver(store) == [second]
+    raise_to(store, second + 1)
+
+
+def lane_of(connection: psycopg.Connection[tuple[int]], id_: int) -> int:
+    row = connection.execute(
+        "SELECT (hashtextextended(aggregate_type || '/' || aggregate_id, 0) & 255)::int FROM outbox WHERE id = %s",
+        (id_,),
+    ).fetchone()
+    assert row is not None
+    return row[0]
