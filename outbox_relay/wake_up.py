@@ -26,7 +26,8 @@ class WakeUp:
         self._connection = connection
         key = f"pg_catalog.hashtextextended('outbox_relay', {sql.quote(table)}::pg_catalog.regclass::oid::bigint)"
         # Writers share the lock until their commit, which is soon; another sleeper keeps it to himself.
-        self._fall_asleep = f"SELECT pg_catalog.pg_try_advisory_lock({key}), pg_catalog.pg_try_advisory_xact_lock_shared({key})".encode()
+        alone, shared = "pg_catalog.pg_try_advisory_lock", "pg_catalog.pg_try_advisory_xact_lock_shared"
+        self._fall_asleep = f"SELECT {alone}({key}), {shared}({key})".encode()
         self._unlock = f"; SELECT pg_catalog.pg_advisory_unlock({key})"
         self._listens = False
         self._asleep = False
