@@ -1,0 +1,28 @@
+"""The client helper for JavaScript: its own tests, run by Node.js, its types, and its size."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pytest
+
+from tests.support.node import run_node
+
+LIMIT = 4096
+"""Bytes, minified and compressed, without `centrifuge`."""
+
+
+@pytest.mark.parametrize("suite", ["vectors", "property"])
+def test_suite(suite: str) -> None:
+    said = run_node("--test", f"test/{suite}.test.js")
+    assert "\n# pass 0" not in said
+
+
+def test_types() -> None:
+    run_node("node_modules/typescript/bin/tsc", "--project", ".")
+
+
+def test_size(tmp_path: Path) -> None:
+    run_node("build.js", "index.js", tmp_path / "client.js")
+    assert len(gzip.compress((tmp_path / "client.js").read_bytes(), 9)) <= LIMIT
