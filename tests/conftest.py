@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import psycopg
 import pytest
 import sqlalchemy as sa
+from playwright.sync_api import Browser
 from psycopg import sql
 
 from outbox_relay.centrifugo import Centrifugo as Publisher
@@ -24,8 +25,10 @@ from outbox_relay.migrations import migrate
 from outbox_relay.outcome import Policy
 from outbox_relay.relay import Ended, Options, Relay
 from outbox_relay.store import Store
+from tests.support.browser import chromium
 from tests.support.gateway import Gateway
 from tests.support.relays import RelayProcess, drain
+from tests.support.shop import Shop
 from tests.support.subscriber import Subscriber
 
 
@@ -211,6 +214,22 @@ def subscribe(centrifugo: Centrifugo) -> Iterator[Callable[..., Subscriber]]:
             return stack.enter_context(Subscriber(server.ws_url, channels))
 
         yield start
+
+
+@pytest.fixture
+def browser() -> Iterator[Browser]:
+    """A real Chromium; the test is skipped where there is none, and fails where `CI` is `true`.
+
+    Of each test alone: while it is open, Playwright's event loop runs in this thread, and `asyncio.run` would refuse.
+    """
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def shop(database_url: str, channel: str) -> Shop:
+    """An application with orders, in the test's database and channel."""
+    return Shop(database_url, channel)
 
 
 # Relays

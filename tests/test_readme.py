@@ -19,6 +19,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 from alembic.config import Config
+from playwright.sync_api import Browser, expect
 
 import alembic
 from alembic import command
@@ -26,6 +27,8 @@ from outbox_relay import InvalidEventError, enqueue
 from outbox_relay.embedded.centrifugo import DEFAULT_CONFIG, Centrifugo
 from outbox_relay.embedded.postgres import find_binaries
 from tests.conftest import Connect, RunRelay, StartRelay, sqlalchemy_engine
+from tests.support.node import run_node
+from tests.support.shop import Shop, Website
 from tests.support.subscriber import Subscriber, as_json
 
 ROOT = Path(__file__).parent.parent
@@ -260,6 +263,29 @@ def test_the_epoch_in_the_applications_state(book: Book) -> None:
         )
     assert [answer["orders"] for answer in answers] == [[{"id": 1, "version": 1}]] * 2
     assert answers[0]["epoch"] != answers[1]["epoch"]
+
+
+def test_live_table(shop: Shop, centrifugo: Centrifugo, run_relay: RunRelay, browser: Browser, tmp_path: Path) -> None:
+    """In a real browser, bundled as an application bundles it."""
+    code = EXAMPLES["live-table"].code
+    assert sum(bool(line) for line in code.splitlines()) <= 10
+    (tmp_path / "page.js").write_text(
+        code.replace("ws://localhost:8000/connection/websocket", centrifugo.ws_url).replace("shop:orders", shop.channel)
+    )
+    run_node("build.js", tmp_path / "page.js", tmp_path / "bundle.js")
+    page = b'<!doctype html><table id="table"></table><script src="/bundle.js"></script>'
+    shop.save("1", "placed")
+    shop.save("2", "<b>placed</b>")
+    with Website(shop, {"/": page, "/bundle.js": tmp_path / "bundle.js"}) as website:
+        tab = browser.new_page()
+        tab.goto(website.url)
+        expect(tab.locator("tr")).to_have_text(["1 placed", "2 <b>placed</b>"])
+        shop.save("1", "paid")
+        shop.delete("2")
+        shop.save("3", "placed")
+        run_relay()
+        expect(tab.locator("tr")).to_have_text(["1 paid", "3 placed"])
+        tab.close()
 
 
 # The verbs, with Centrifugo configured as the README says, from the first example to a subscriber.

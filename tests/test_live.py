@@ -1,0 +1,144 @@
+"""The client helpers over real servers: a page shows what the database has, whatever happens in between."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from outbox_relay.embedded.centrifugo import Centrifugo
+from tests.conftest import RunRelay
+from tests.support.pages import NodePage, OpenPage, Page, PythonPage, let_close
+from tests.support.shop import Shop, Website
+from tests.support.waiting import PATIENCE, wait_until
+from tests.test_readme import examples
+
+LIVE_PAGES = examples(Path(__file__).parent.parent / "docs" / "live-pages.md")
+
+
+@pytest.fixture
+def website(shop: Shop) -> Iterator[Website]:
+    with Website(shop) as website:
+        yield website
+
+
+@pytest.fixture(params=[PythonPage, NodePage], ids=["python", "javascript"])
+def open_page(request: pytest.FixtureRequest) -> OpenPage:
+    opens: OpenPage = request.param
+    return opens
+
+
+def wait_for_truth(page: Page, shop: Shop) -> None:
+    """The page shows what the database has, and says that it does."""
+    wait_until(lambda: page.views and page.views[-1].shown == shop.rows() and not page.views[-1].old, "the truth")
+
+
+def never_went_back(page: Page) -> bool:
+    highest: dict[str, int] = {}
+    for view in page.views:
+        for key, order in view.shown.items():
+            if order.version < highest.get(key, 0):
+                return False
+            highest[key] = order.version
+    return True
+
+
+def test_shows_what_the_database_has(
+    shop: Shop, website: Website, open_page: OpenPage, centrifugo: Centrifugo, run_relay: RunRelay
+) -> None:
+    shop.save("1", "placed")
+    shop.save("2", "placed")
+    with open_page(centrifugo.ws_url, shop, website) as page:
+        wait_for_truth(page, shop)
+        run_relay()  # late: the page has loaded what these events tell
+        shop.save("1", "paid")
+        shop.delete("2")
+        shop.save("3", "placed")
+        run_relay()
+        wait_for_truth(page, shop)
+        shop.save("2", "placed again")
+        run_relay()
+        wait_for_truth(page, shop)
+        assert website.requests == [None, ["3"]]
+    assert never_went_back(page)
+
+
+def test_after_an_outage_that_forgot_everything(
+    shop: Shop,
+    website: Website,
+    open_page: OpenPage,
+    start_centrifugo: Callable[..., Centrifugo],
+    run_relay: RunRelay,
+) -> None:
+    server = start_centrifugo()
+    shop.save("1", "placed")
+    shop.save("2", "placed")
+    with open_page(server.ws_url, shop, website) as page:
+        wait_for_truth(page, shop)
+        server.kill()
+        wait_until(lambda: page.views[-1].old, "the page says that it is old")
+        shop.save("1", "paid")
+        shop.delete("2")
+        shop.save("3", "placed")
+        server.start()
+        wait_for_truth(page, shop)
+        run_relay(server=server)  # all of it late
+        shop.save("1", "shipped")
+        run_relay(server=server)
+        wait_for_truth(page, shop)
+        assert page.views[-1].counters["reloads"] >= 1
+    assert never_went_back(page)
+
+
+def test_a_state_that_is_not_to_be_had(
+    shop: Shop,
+    website: Website,
+    open_page: OpenPage,
+    start_centrifugo: Callable[..., Centrifugo],
+    run_relay: RunRelay,
+) -> None:
+    server = start_centrifugo()
+    shop.save("1", "placed")
+    with open_page(server.ws_url, shop, website) as page:
+        wait_for_truth(page, shop)
+        website.failing = True
+        server.restart()
+        wait_until(lambda: len(website.requests) >= 3, "the page tries again")
+        assert page.views[-1].shown == shop.rows(), "the last truth stays"
+        assert page.views[-1].old, "and is marked as old"
+        shop.save("1", "paid")
+        website.failing = False
+        wait_for_truth(page, shop)
+    assert never_went_back(page)
+
+
+def test_the_example_for_python(shop: Shop, centrifugo: Centrifugo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    names: dict[str, Any] = {}
+    code = LIVE_PAGES["live"].code
+    code = code.replace("ws://localhost:8000/connection/websocket", centrifugo.ws_url)
+    exec(code.replace("shop:orders", shop.channel), names)
+    shop.save("1", "placed")
+
+    async def load(keys: tuple[str, ...] | None) -> list[dict[str, Any]]:
+        objects: list[dict[str, Any]] = shop.state(None if keys is None else list(keys))["objects"]
+        return objects
+
+    async def see() -> dict[str, Any]:
+        seen: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+
+        def show(live: Any) -> None:
+            if not live.old and not seen.done():
+                seen.set_result({key: shown.data for key, shown in live.objects.items()})
+
+        async with asyncio.TaskGroup() as group:
+            following = group.create_task(names["follow"](load, show))
+            objects = await asyncio.wait_for(seen, PATIENCE)
+            following.cancel()
+        await let_close()
+        return objects
+
+    assert asyncio.run(see()) == {"1": {"id": "1", "version": 1, "status": "placed"}}
