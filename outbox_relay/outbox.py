@@ -150,18 +150,31 @@ class Outbox:
 
     def enqueue_all(self, events: Iterable[NewEvent]) -> sa.Insert:
         """Return one INSERT of 1 to 2,900 events, in their order. Raises as `enqueue` does."""
-        rows = [_row(event, self.max_payload) for event in events]
+        rows = self._rows(events)
         if not 1 <= len(rows) <= MAX_EVENTS_PER_STATEMENT:
             raise InvalidEventError(
                 f"{len(rows)} events in one statement: give 1 to {MAX_EVENTS_PER_STATEMENT}, or several statements"
             )
+        return sa.insert(self._table).values(rows)
+
+    def write(self, connection: sa.Connection, events: Iterable[NewEvent]) -> None:
+        """Write any number of events in the connection's transaction, in their order. Raises as `enqueue` does.
+
+        The same statement for each event, compiled once and pipelined where the driver can: a quarter of the Python of
+        one long statement.
+        """
+        if rows := self._rows(events):
+            connection.execute(sa.insert(self._table), rows)
+
+    def _rows(self, events: Iterable[NewEvent]) -> list[dict[str, Any]]:
+        rows = [_row(event, self.max_payload) for event in events]
         columns = {column for row in rows for column in row}
         defaults: dict[str, Any] = {"kind": "change"}
         for row in rows:
             for column in columns - row.keys():
                 # One statement has one list of columns, so a default that only the database knows is made here.
                 row[column] = uuid.uuid4() if column == "event_id" else defaults.get(column)
-        return sa.insert(self._table).values(rows)
+        return rows
 
     def epoch(self) -> sa.Select[Any]:
         """Return a SELECT of the epoch, a short text that changes whenever versions may have gone back.

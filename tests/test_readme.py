@@ -249,6 +249,43 @@ def test_versions_from_a_clock_survive_deletion(book: Book) -> None:
     assert 2**53 > seen[1] > seen[0] > 1_700_000_000_000_000
 
 
+def test_a_class_that_publishes(book: Book) -> None:
+    book.run("publishes")
+    names = book.names
+    names["Base"].metadata.create_all(names["engine"])
+    with names["Session"](names["engine"]) as session:
+        ticket = names["Ticket"](title="old")
+        session.add(ticket)
+        session.commit()
+        book.run("bulk")
+        session.delete(ticket)
+        session.commit()
+    ticket_row = Row("tickets", "1", 1, "snapshot", ["shop:tickets", "shop:ticket-1"], {"id": 1, "title": "old"}, None)
+    assert book.rows()[1:] == [
+        ticket_row,
+        ticket_row._replace(version=2, payload={"id": 1, "title": "new"}),
+        ticket_row._replace(version=3, kind="tombstone", payload={}),
+    ]
+
+
+def test_a_version_of_the_databases_own(book: Book) -> None:
+    with psycopg.connect(book.url) as connection:
+        connection.execute("CREATE TABLE stocks (id serial PRIMARY KEY, count int)")
+    psql(book, "trigger")
+    book.run("server-version")
+    names = book.names
+    with names["Session"](names["engine"]) as session:
+        stock = names["Stock"](count=1)
+        session.add(stock)
+        session.commit()
+        stock.count = 2
+        session.commit()
+    assert [(row.aggregate_type, row.version, row.payload) for row in book.rows()[1:]] == [
+        ("stocks", 1, {"count": 1}),
+        ("stocks", 2, {"count": 2}),
+    ]
+
+
 def test_the_epoch_in_the_applications_state(book: Book) -> None:
     answers = []
     for _ in range(2):
