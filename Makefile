@@ -56,6 +56,10 @@ fuzz: setup ## Try 100,000 hostile replies and 100,000 odd rows (ARGS='-k 01')
 bench: setup ## Measure beside the rivals, write docs/benchmarks.md (QUICK=1, FULL=1, ARGS="--only 'drain/*'")
 	@.venv/bin/python -m bench --mode $(if $(QUICK),quick,$(if $(FULL),full,short)) $(ARGS)
 
+.PHONY: chaos
+chaos: setup ## Strike the relay with every fault, judge, write build/chaos.json (MINUTES=2, SEED=1)
+	@.venv/bin/python -m tests.chaos $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
 .PHONY: check
 check: $(STAMP) ## Pins, formatter, linter, types, import contract
 	.venv/bin/uv pip check --python .venv/bin/python

@@ -7,13 +7,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
 from outbox_relay.relay import Ended
 from tests.conftest import Connect, MakeRelay, RunRelay, StartRelay
-from tests.support.frozen_relay import POINTS
+from tests.support.failpoints import arm
 from tests.support.gateway import Exchange, Gateway
 from tests.support.oracle import violations
 from tests.support.proxy import TcpProxy
@@ -83,9 +84,12 @@ def test_hazard_10_another_relay_takes_over_at_once(
         subscriber.wait_for(1, seconds=1.0)
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize(
+    "point", ["before it looks at its lock", "before it sends", "before it settles", "before it commits"]
+)
 def test_hazard_11_a_relay_frozen_past_its_lock_sends_nothing(
     point: str,
+    tmp_path: Path,
     connect: Connect,
     start_relay: StartRelay,
     make_relay: MakeRelay,
@@ -100,8 +104,11 @@ def test_hazard_11_a_relay_frozen_past_its_lock_sends_nothing(
     subscriber = subscribe(channel)
     connection = connect()
     committed = [write(connection, "1", version, channel) for version in (1, 2)]
-    command = [sys.executable, "-m", "tests.support.frozen_relay", point]
-    frozen = start_relay({"centrifugo_url": gateway.url, **QUICK}, command=command, wait=False)
+    failpoint = tmp_path / "failpoint"
+    arm(failpoint, point, signal.SIGSTOP)
+    command = [sys.executable, "-m", "tests.support.failpoints", "run"]
+    settings = {"centrifugo_url": gateway.url, "failpoint": failpoint, **QUICK}
+    frozen = start_relay(settings, command=command, wait=False)
     wait_until(frozen.is_stopped, "the relay has stopped itself")
     before = gateway.requests
     with make_relay():

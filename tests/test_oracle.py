@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
-from tests.support.oracle import Fact, violations
+from tests.support.oracle import Bill, Fact, History, Hole, Sent, Stream, Struck, Verdict, judge, violations
 
 AGGREGATES = [("order", str(n)) for n in range(3)]
 COMMITTED = [
@@ -79,3 +82,170 @@ def test_a_phantom_is_seen(phantom: Fact) -> None:
 def test_silence_is_seen() -> None:
     """A relay that does nothing does not pass."""
     assert len(violations(COMMITTED, [])) == len(COMMITTED)
+
+
+# A whole run: with the proxy's log, the rows, and faults.
+
+CHANNEL = "hist:1"
+
+
+def faultless() -> History:
+    """Five rounds of three events, each round a request, answered at once and settled a moment later."""
+    history = History(owed=defaultdict(list), heard=defaultdict(list))
+    history.rows.versions = dict.fromkeys(AGGREGATES, 5)
+    for fact in COMMITTED:
+        history.owed[fact.aggregate, CHANNEL].append(fact)
+        history.heard[fact.aggregate, CHANNEL].append(fact)
+        history.rows.settled_at[fact.key] = fact.version + 0.5
+    history.sent = [sent(version, *(aggregate[1] for aggregate in AGGREGATES)) for version in range(1, 6)]
+    return history
+
+
+def sent(version: int, *aggregates: str, at: float | None = None, codes: Sequence[int] = (0,)) -> Sent:
+    """A request with this version of these aggregates: sent, executed and answered within 0.2 s."""
+    at = float(version) if at is None else at
+    events = [(f"{aggregate}-{version}", [CHANNEL]) for aggregate in aggregates]
+    return Sent(at, events, [codes for _ in events], executed_at=at + 0.1, answered_at=at + 0.2)
+
+
+def found(history: History) -> list[str]:
+    """The first words of what the judge finds."""
+    return sorted({text.split(":")[0] for text in judge(history).violations})
+
+
+def stream(aggregate: str) -> Stream:
+    return ("order", aggregate), CHANNEL
+
+
+def test_a_faultless_run_passes() -> None:
+    assert judge(faultless()) == Verdict([], [], 0)
+
+
+def test_an_event_that_nobody_heard_is_lost() -> None:
+    """Also where the proxy saw that Centrifugo accepted it: acceptance is not all, if the subscriber is whole."""
+    history = faultless()
+    history.heard[stream("1")].pop()
+    assert found(history) == ["loss", "stale"]
+
+
+def test_where_the_subscriber_has_holes_the_proxy_says_what_is_lost() -> None:
+    history = faultless()
+    history.whole = False
+    history.heard[stream("1")][2:] = [Hole()]
+    assert found(history) == []
+    history.sent = history.sent[:-1]
+    assert found(history) == ["loss"]
+
+
+def test_an_ended_row_explains_a_missing_event_and_nothing_else_does() -> None:
+    history = faultless()
+    del history.heard[stream("1")][2]
+    history.sent = [*history.sent[:2], sent(3, "0", "2"), *history.sent[3:]]
+    assert found(history) == ["loss", "order"]
+    history.rows.excused.add("1-3")
+    assert found(history) == []
+
+
+def test_an_event_that_ended_otherwise_and_surfaces_after_its_successors_is_resurrected() -> None:
+    history = faultless()
+    late = history.heard[stream("1")].pop(2)
+    history.heard[stream("1")].append(late)
+    history.rows.excused.add("1-3")
+    assert found(history) == ["resurrected", "stale"]
+    # Not where a request of it was never answered: nobody could know.
+    history.sent = [*history.sent, replace(sent(3, "1"), answered_at=None)]
+    assert judge(history).late == 1
+    assert "resurrected" not in found(history)
+
+
+def test_a_dead_event_must_have_been_poison() -> None:
+    history = faultless()
+    history.rows.dead.add("1-3")
+    assert found(history) == ["blamed"]
+    history.poison = {"1-3"}
+    assert found(history) == []
+
+
+def test_an_event_that_has_not_ended_is_seen() -> None:
+    history = faultless()
+    history.rows.unfinished.add("1-3")
+    assert found(history) == ["unfinished"]
+
+
+def test_a_successor_sent_before_its_predecessor_has_ended_is_seen_though_it_arrived_in_order() -> None:
+    """Luck is no order: the relay must know before it sends."""
+    history = faultless()
+    history.sent = [*history.sent[:2], sent(3, "0", "1", "2", at=2.1), *history.sent[3:]]
+    assert found(history) == ["order"]
+
+
+def test_a_refused_predecessor_has_not_ended() -> None:
+    history = faultless()
+    refused = sent(3, "1", codes=(100,))
+    history.sent = [*history.sent[:2], refused, sent(3, "0", "2", at=3.3), *history.sent[3:], sent(3, "1", at=6.0)]
+    history.rows.settled_at["1-3"] = 7.0
+    assert found(history) == ["order"]
+
+
+def test_what_is_repeated_without_a_fault_is_seen() -> None:
+    history = faultless()
+    history.sent = [*history.sent, sent(5, "1", at=6.0)]
+    assert found(history) == ["duplicates"]
+
+
+def test_a_fault_pays_for_what_was_in_flight_and_for_no_more() -> None:
+    """The last round was sent and not settled when the relay was killed: three events may come again, once."""
+    history = faultless()
+    history.faults = [Struck("relay killed", 5.3, 5.3)]
+    again = sent(5, "0", "1", "2", at=6.0)
+    for aggregate in "012":
+        history.rows.settled_at[f"{aggregate}-5"] = 6.5
+    history.sent = [*history.sent, again]
+    assert judge(history) == Verdict([], [Bill(history.faults[0], 3, 3)], 0)
+    history.sent = [*history.sent, sent(5, "1", at=6.4)]
+    history.sent = [*history.sent, sent(4, "1", at=6.4)]
+    assert found(history) == ["duplicates"]
+
+
+def test_what_was_settled_before_a_fault_may_not_come_again() -> None:
+    history = faultless()
+    history.faults = [Struck("relay killed", 9.0, 9.0)]
+    history.sent = [*history.sent, sent(5, "1", at=9.5)]
+    assert found(history) == ["duplicates"]
+
+
+def test_what_a_person_asked_for_may_come_again_and_late() -> None:
+    history = faultless()
+    history.asked.add("1-2")
+    history.sent = [*history.sent, sent(2, "1", at=6.0)]
+    history.heard[stream("1")].append(Fact(("order", "1"), 2, "1-2"))
+    assert found(history) == []
+
+
+def test_a_subscriber_that_ends_with_less_than_the_table_is_stale() -> None:
+    """Though the newest event is excused in the order, if another row says that it was delivered."""
+    history = faultless()
+    history.rows.versions[("order", "1")] = 4
+    history.heard[stream("1")].pop()
+    assert "stale" in found(history)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("damage", ["dropped", "swapped", "repeated", "resurrected", "phantom"])
+def test_any_damage_to_a_whole_run_is_seen(damage: str, seed: int) -> None:
+    chance = random.Random(f"{damage}/{seed}")
+    history = faultless()
+    heard = history.heard[stream(chance.choice("012"))]
+    place = chance.randrange(4)
+    match damage:
+        case "dropped":
+            del heard[place]
+        case "swapped":
+            heard[place], heard[place + 1] = heard[place + 1], heard[place]
+        case "repeated":
+            history.sent = [*history.sent, sent(place + 1, "0", at=chance.uniform(6, 9))]
+        case "resurrected":
+            heard.append(heard[place])
+        case "phantom":
+            heard.insert(place, Fact(("order", "0"), place + 1, "rolled back"))
+    assert judge(history).violations

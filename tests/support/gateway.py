@@ -35,6 +35,8 @@ class Exchange:
     def __init__(self, gateway: Gateway, handler: BaseHTTPRequestHandler, body: bytes) -> None:
         self._gateway = gateway
         self._handler = handler
+        self.path = handler.path
+        self.number = 0
         self.body = body
         self.commands = [_command(command) for command in json.loads(body)["commands"]]
 
@@ -44,13 +46,16 @@ class Exchange:
         connection = HTTPConnection(upstream.hostname or "", upstream.port, timeout=PATIENCE)
         try:
             headers = {"X-API-Key": self._handler.headers["X-API-Key"], "Content-Type": "application/json"}
-            connection.request("POST", self._handler.path, self.body, headers)
+            connection.request("POST", f"/api{self.path.rpartition('/api')[2]}", self.body, headers)
             response = connection.getresponse()
-            return response.status, response.read()
+            status, body = response.status, response.read()
         finally:
             connection.close()
+        self._gateway.executed(self, status, body)
+        return status, body
 
     def answer(self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None) -> None:
+        self._gateway.answering(self, status)
         self._handler.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self._handler.send_header(name, value)
@@ -141,10 +146,20 @@ class Gateway:
     def wait_for_requests(self, count: int, seconds: float = PATIENCE) -> None:
         wait_until(lambda: len(self.requests) >= count, f"{count} requests at the gateway", seconds)
 
-    def _take(self, exchange: Exchange) -> None:
+    def heard(self, exchange: Exchange) -> None:
+        """A request has arrived. Called by several threads, as are `executed` and `answering`."""
         with self._lock:
             self._requests.append(exchange.commands)
             self.heard_at.append(time.monotonic())
+
+    def executed(self, exchange: Exchange, status: int, body: bytes) -> None:
+        """Centrifugo has answered a request."""
+
+    def answering(self, exchange: Exchange, status: int) -> None:
+        """The relay is about to be answered."""
+
+    def _take(self, exchange: Exchange) -> None:
+        self.heard(exchange)
         fault = self.fault
         if fault is None:
             exchange.answer(*exchange.forward())

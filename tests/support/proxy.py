@@ -1,10 +1,11 @@
-"""A TCP proxy, to stand between a relay and a server: watch what goes through, or cut it off."""
+"""A TCP proxy, to stand between a relay and a server: watch what goes through, hold it, slow it down, or cut it off."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -21,6 +22,10 @@ class TcpProxy:
         self._target = host, port
         self._on_received = on_received
         self._open = True
+        self._flowing = threading.Event()
+        self._flowing.set()
+        self._cut_after: bytes | None = None
+        self._drip = 0
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
@@ -37,10 +42,9 @@ class TcpProxy:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self.cut()
-        for thread in self._threads:
+        self._flowing.set()
+        for thread in list(self._threads):
             thread.join(PATIENCE)
-        for connection in self._sockets:
-            connection.close()
 
     def cut(self) -> None:
         """End every connection, and every new one until `mend`."""
@@ -52,6 +56,25 @@ class TcpProxy:
     def mend(self) -> None:
         with self._lock:
             self._open = True
+            self._drip = 0
+        self._flowing.set()
+
+    def stall(self) -> None:
+        """Keep every connection open and pass nothing on until `mend`."""
+        self._flowing.clear()
+
+    def drip(self, chunk: int) -> None:
+        """Pass on `chunk` bytes at a time, a hundred times a second, until `mend`."""
+        self._drip = chunk
+
+    def cut_after(self, text: bytes) -> None:
+        """Pass the next message of a client that holds `text` on, and cut everything before it is answered."""
+        self._cut_after = text
+
+    @property
+    def armed(self) -> bool:
+        """Whether what `cut_after` waits for has not come yet."""
+        return self._cut_after is not None
 
     def _spawn(self, target: Callable[..., None], *arguments: socket.socket | Callable[[int], None]) -> None:
         thread = threading.Thread(target=target, args=arguments, daemon=True)
@@ -76,21 +99,52 @@ class TcpProxy:
                     continue
                 server.settimeout(None)
                 self._sockets |= {client, server}
-            self._spawn(self._pump, client, server, lambda _total: None)
-            self._spawn(self._pump, server, client, self._on_received)
+            self._spawn(self._connect, client, server)
 
-    def _pump(self, source: socket.socket, sink: socket.socket, passed: Callable[[int], None]) -> None:
+    def _connect(self, client: socket.socket, server: socket.socket) -> None:
+        back = threading.Thread(target=self._pump, args=(server, client, self._watch_server), daemon=True)
+        back.start()
+        self._pump(client, server, self._watch_client)
+        back.join()
+        with self._lock:
+            self._sockets -= {client, server}
+            self._threads.remove(threading.current_thread())
+        client.close()
+        server.close()
+
+    def _watch_client(self, _total: int, data: bytes) -> bool:
+        """Whether the client hears nothing more after this."""
+        with self._lock:
+            if self._cut_after is None or self._cut_after not in data:
+                return False
+            self._cut_after = None
+            return True
+
+    def _watch_server(self, total: int, _data: bytes) -> bool:
+        self._on_received(total)
+        return False
+
+    def _pump(self, source: socket.socket, sink: socket.socket, watch: Callable[[int, bytes], bool]) -> None:
         total = 0
         with contextlib.suppress(OSError):
             while data := source.recv(_CHUNK):
                 total += len(data)
-                passed(total)
-                sink.sendall(data)
+                if watch(total, data):
+                    _end(source)
+                self._pass_on(data, sink)
             sink.shutdown(socket.SHUT_WR)
             return
         # One end broke: so does the other, which lets the pump of the other direction end too.
         _end(source)
         _end(sink)
+
+    def _pass_on(self, data: bytes, sink: socket.socket) -> None:
+        self._flowing.wait()
+        while data and (chunk := self._drip):
+            sink.sendall(data[:chunk])
+            data = data[chunk:]
+            time.sleep(0.01)
+        sink.sendall(data)
 
 
 def _end(connection: socket.socket) -> None:

@@ -114,9 +114,10 @@ class Subscriber:
                 if line == b"{}":
                     connection.send("{}")
                 elif line:
-                    self._take(members(line), asked)
+                    self._take(line, asked)
 
-    def _take(self, message: dict[str, bytes], asked: dict[int, str]) -> None:
+    def _take(self, line: bytes, asked: dict[int, str]) -> None:
+        message = members(line)
         if "error" in message:
             self.lost = f"refused: {message['error'].decode()}"
         elif "subscribe" in message:

@@ -1,0 +1,70 @@
+"""What a fault is, and when faults strike: a schedule that its seed alone decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from random import Random
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from tests.chaos.world import World
+
+Strike = Callable[["World", Random], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A kind of fault. `strike` is a block: entering it does the harm, leaving it heals what it can.
+
+    `seconds` are the shortest and the longest time in between; both 0 where the harm is done at once. `beside`
+    says that others may strike meanwhile, because most of the system goes on. `from_strike`: recovery counts
+    from the strike, because others take over and nobody waits for the healing.
+    """
+
+    kind: str
+    strike: Strike
+    seconds: tuple[float, float] = (0.0, 0.0)
+    beside: bool = False
+    from_strike: bool = False
+    alone_with: Literal["", "Centrifugo", "PostgreSQL", "Redis"] = ""
+    """The server that it stops and starts: one fault at a time may do so."""
+    needs: Literal["", "disk", "faketime"] = ""
+    """What a machine may lack: a disk that can be made small, or libfaketime."""
+
+
+@dataclass(frozen=True, slots=True)
+class Appointment:
+    """A fault of the schedule: when it strikes, in seconds from the start, and for how long."""
+
+    at: float
+    fault: Fault
+    seconds: float
+    seed: str
+    """Decides whatever else chance decides about it: the victim, the point, the moment."""
+
+
+PAUSE = (0.7, 1.6)
+"""Seconds from the end of a fault to the next one."""
+OVERLAP = 0.15
+"""How often a fault strikes while another one is at work."""
+
+
+def schedule(faults: Sequence[Fault], seconds: float, seed: str) -> list[Appointment]:
+    """Faults for so many seconds: rounds in which each kind comes once, in an order of their own."""
+    chance = Random(seed)
+    appointments: list[Appointment] = []
+    at = chance.uniform(*PAUSE)
+    waiting: list[Fault] = []
+    while faults and at < seconds:
+        if not waiting:
+            waiting = chance.sample(faults, len(faults))
+        fault = waiting.pop()
+        lasts = chance.uniform(*fault.seconds)
+        if at + lasts > seconds and fault.seconds[1] > 0:
+            lasts = min(lasts, fault.seconds[0])
+        appointments.append(Appointment(at, fault, lasts, f"{seed}/{len(appointments)}"))
+        overlaps = fault.beside or chance.random() < OVERLAP
+        at += chance.uniform(*PAUSE) if overlaps else lasts + chance.uniform(*PAUSE)
+    return appointments

@@ -1,0 +1,167 @@
+"""The logs of a run, read back as one history: who wrote what, what was sent, what was heard, what the table says."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from tests.chaos.writers import GROUPS
+from tests.support.oracle import Aggregate, Fact, Heard, History, Hole, Rows, Sent, Stream, Struck
+
+_STATES_THAT_EXCUSE = ("superseded", "expired", "dead", "discarded")
+
+
+@dataclass(slots=True)
+class Written:
+    """What the writers committed. `committed_at` is in seconds since 1970, by event."""
+
+    owed: dict[Stream, list[Fact]] = field(default_factory=lambda: defaultdict(list))
+    committed_at: dict[str, float] = field(default_factory=dict)
+    poison: set[str] = field(default_factory=set)
+    key_of: dict[int, str] = field(default_factory=dict)
+    transactions: int = 0
+    unknown: int = 0
+    """Transactions of which the writer never heard, found committed or not by looking."""
+
+
+def read(
+    folder: Path, connection: psycopg.Connection[Any], faults: Sequence[Struck], asked: Iterable[int], *, whole: bool
+) -> tuple[History, Written]:
+    """Everything, once all is at rest."""
+    written = read_writers(sorted(folder.glob("writer-*.jsonl")), connection)
+    history = History(
+        owed=written.owed,
+        heard=read_witness(folder / "witness.jsonl"),
+        sent=read_proxy(folder / "proxy.jsonl"),
+        faults=faults,
+        rows=read_rows(connection),
+        poison=written.poison,
+        asked={written.key_of[id_] for id_ in asked},
+        whole=whole,
+    )
+    _add_holes(history, folder / "witness.jsonl")
+    _add_pruned(history)
+    return history, written
+
+
+def read_writers(paths: Iterable[Path], connection: psycopg.Connection[Any]) -> Written:
+    written = Written()
+    channels = {f"{group.name}-{n}": group.channels(n) for group in GROUPS for n in range(group.size)}
+    aggregates: dict[str, Aggregate] = {name: ("thing", name) for name in channels}
+    for path in paths:
+        for transaction, at in _committed(path, connection, written):
+            for key, name, version, id_, may_die in transaction["events"]:
+                fact = Fact(aggregates[name], version, key)
+                for channel in channels[name]:
+                    written.owed[aggregates[name], channel].append(fact)
+                written.committed_at[key] = at
+                written.key_of[id_] = key
+                if may_die:
+                    written.poison.add(key)
+            written.transactions += 1
+    for facts in written.owed.values():
+        facts.sort(key=lambda fact: fact.version)
+    return written
+
+
+def _committed(
+    path: Path, connection: psycopg.Connection[Any], written: Written
+) -> Iterator[tuple[dict[str, Any], float]]:
+    before: dict[str, Any] | None = None
+    for line in _lines(path):
+        if "events" in line:
+            if before is not None and _looked_up(before, connection, written):
+                yield before, float("inf")
+            before = line
+        elif before is not None:
+            if line["committed"]:
+                yield before, line["at"]
+            before = None
+    if before is not None and _looked_up(before, connection, written):
+        yield before, float("inf")
+
+
+def _looked_up(transaction: dict[str, Any], connection: psycopg.Connection[Any], written: Written) -> bool:
+    """Whether a transaction of unknown outcome was committed: each leaves its name in a table of its own."""
+    written.unknown += 1
+    return connection.execute("SELECT FROM written WHERE tx = %s", (transaction["tx"],)).fetchone() is not None
+
+
+def read_witness(path: Path) -> dict[Stream, list[Heard]]:
+    heard: dict[Stream, list[Heard]] = defaultdict(list)
+    of_channel: dict[str, set[Stream]] = defaultdict(set)
+    aggregates: dict[str, Aggregate] = {}
+    for line in _lines(path):
+        if "refused" in line:
+            continue
+        if "lost" in line:
+            for stream in of_channel[line["lost"]]:
+                heard[stream].append(Hole())
+            continue
+        type_, name, version, key = line["fact"]
+        stream = aggregates.setdefault(name, (type_, name)), line["on"]
+        of_channel[line["on"]].add(stream)
+        heard[stream].append(Fact(stream[0], version, key))
+    return heard
+
+
+def read_proxy(path: Path) -> list[Sent]:
+    sent: dict[int, Sent] = {}
+    for line in _lines(path):
+        number = line["n"]
+        if "sent" in line:
+            sent[number] = Sent(line["at"], tuple((key, tuple(channels)) for key, channels in line["sent"]))
+        elif "executed" in line:
+            sent[number].executed(line["at"], line["executed"])
+        elif line["answered"] == 200:
+            sent[number].answered_at = line["at"]
+    return list(sent.values())
+
+
+def read_rows(connection: psycopg.Connection[Any]) -> Rows:
+    rows = Rows()
+    with connection.cursor(binary=True) as cursor:
+        cursor.execute("SELECT event_id::text, state::text, date_part('epoch', settled_at) FROM outbox")
+        for key, state, at in cursor:
+            if state in _STATES_THAT_EXCUSE:
+                rows.excused.add(key)
+                if state == "dead":
+                    rows.dead.add(key)
+            if at is None:
+                rows.unfinished.add(key)
+            else:
+                rows.settled_at[key] = at
+    things = connection.execute("SELECT id, version FROM thing").fetchall()
+    rows.versions = {("thing", name): version for name, version in things}
+    return rows
+
+
+def _add_holes(history: History, path: Path) -> None:
+    """Whatever was never heard of a channel that the subscriber lost may have been in the hole."""
+    lost = {line["lost"] for line in _lines(path) if "lost" in line}
+    for stream in history.owed:
+        if stream[1] in lost and Hole() not in history.heard.get(stream, ()):
+            history.heard[stream] = [Hole(), *history.heard.get(stream, ())]
+
+
+def _add_pruned(history: History) -> None:
+    """Rows that retention has deleted were settled after the last request that had their events, as far as we know."""
+    last_sent: dict[str, float] = {}
+    for request in history.sent:
+        for key, _ in request.events:
+            if key not in history.rows.settled_at and key not in history.rows.unfinished:
+                last_sent[key] = max(request.executed_at, request.at)
+    history.rows.settled_at.update(last_sent)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)

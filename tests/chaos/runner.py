@@ -1,0 +1,218 @@
+"""One stage of a run: calm, then faults (safety), then healing (liveness), then judgement."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Final
+
+from tests.chaos import (
+    centrifugo_faults,
+    logs,
+    network_faults,
+    operator_faults,
+    postgres_faults,
+    redis_faults,
+    relay_faults,
+)
+from tests.chaos.fault import Appointment, Fault, schedule
+from tests.chaos.measure import Injection, Left, Strike, Waiting, recovery
+from tests.chaos.world import HISTORY, RELAY, Engine, World, end, namespace
+from tests.support.oracle import Hole, Verdict, judge
+from tests.support.waiting import wait_until
+
+CALM: Final = 4.0
+"""Seconds without faults at the beginning: nothing may be repeated in them."""
+HEALED_IN: Final = 30.0
+"""Seconds after the last fault in which everything must have ended."""
+
+_EVERYWHERE: Final = (*relay_faults.FAULTS, *postgres_faults.FAULTS, *network_faults.FAULTS, *operator_faults.FAULTS)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A world of its own, and the faults that fit it.
+
+    `whole`: the subscriber's stream survives every one of these faults, so it is the witness; a hole voids the run.
+    Else the proxy's log is, and the subscriber judges order between its holes.
+    """
+
+    name: str
+    engine: Engine
+    faults: Sequence[Fault]
+    part: float
+    """Of the run's time."""
+    whole: bool
+    command: Sequence[str] = RELAY
+    """The relay's."""
+    patience: float = HEALED_IN
+
+
+STAGES: Final = (
+    Stage("Redis that survives", "redis", (*_EVERYWHERE, *centrifugo_faults.FAULTS), 0.7, whole=True),
+    Stage("memory engine", "memory", (*relay_faults.FAULTS, *centrifugo_faults.FAULTS), 0.15, whole=False),
+    Stage("Redis that does not", "redis", (*relay_faults.FAULTS, *redis_faults.FAULTS), 0.15, whole=False),
+)
+
+
+@dataclass(slots=True)
+class Result:
+    """What came of a stage."""
+
+    stage: Stage
+    verdict: Verdict
+    injections: list[Injection]
+    left: Left
+    events: int
+    transactions: int
+    unknown: int
+    heard: int
+    requests: int
+    repeated: int
+    holes: int
+    seconds: float
+    left_out: list[str] = field(default_factory=list)
+    """Kinds of faults that this machine cannot do."""
+
+    @property
+    def violations(self) -> list[str]:
+        return [*self.verdict.violations, *self.left.violations]
+
+
+class VoidRunError(Exception):
+    """The harness itself failed, or its witness did: the run says nothing."""
+
+
+def run(stage: Stage, seconds: float, seed: str, rate: float, folder: Path) -> Result:
+    """Run a stage for so many seconds of faults. Raises `VoidRunError`."""
+    folder.mkdir()
+    with World(folder, stage.engine, seed, rate, stage.command) as world:
+        possible = [fault for fault in stage.faults if not fault.needs or fault.needs in world.has]
+        if len(possible) < len(stage.faults) and os.environ.get("CI") == "true":
+            raise VoidRunError("this machine cannot do every fault: run as root, with libfaketime")
+        appointments = schedule(possible, seconds, seed)
+        started = time.time()
+        world.start_writers()
+        time.sleep(CALM)
+        struck = _Storm(world).run(appointments, seconds)
+        healed = time.time()
+        world.stop_writers()
+        left = _heal(world, stage.patience)
+        _say(f"healed after {left.seconds:.1f} s {left.violations or ''}")
+        _let_the_witness_finish(world)
+        with world.database() as connection:
+            faults = [strike.as_struck for strike in struck]
+            history, written = logs.read(folder, connection, faults, world.asked, whole=stage.whole)
+        holes = sum(isinstance(fact, Hole) for facts in history.heard.values() for fact in facts)
+        if stage.whole and holes:
+            raise VoidRunError(f"the subscriber lost its stream: see {folder / 'witness.jsonl'}")
+        verdict = judge(history)
+        waiting = Waiting(written.committed_at, history.rows.settled_at)
+        return Result(
+            stage,
+            verdict,
+            [
+                Injection(strike.fault.kind, cost.duplicates, cost.in_flight, recovery(strike, struck, waiting))
+                for strike, cost in zip(struck, verdict.bills, strict=True)
+            ],
+            left,
+            events=len(written.committed_at),
+            transactions=written.transactions,
+            unknown=written.unknown,
+            heard=sum(map(len, history.heard.values())) - holes,
+            requests=len(history.sent),
+            repeated=sum(cost.duplicates for cost in verdict.bills),
+            holes=holes,
+            seconds=healed - started,
+            left_out=[fault.kind for fault in stage.faults if fault not in possible],
+        )
+
+
+class _Storm:
+    """The faults of a schedule, each in a thread of its own."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._struck: list[Strike] = []
+        self._servers: Mapping[str, AbstractContextManager[object]] = {
+            "": nullcontext(),
+            **{server: threading.Lock() for server in ("Centrifugo", "PostgreSQL", "Redis")},
+        }
+        self._errors: list[tuple[Appointment, BaseException]] = []
+
+    def run(self, appointments: Sequence[Appointment], seconds: float) -> list[Strike]:
+        """Let them all strike and heal. Returns them in the order in which they struck. Raises `VoidRunError`.
+
+        It takes at least so many seconds.
+        """
+        started = time.monotonic()
+        threads: list[threading.Thread] = []
+        for appointment in appointments:
+            time.sleep(max(0.0, started + appointment.at - time.monotonic()))
+            if self._errors:
+                break
+            threads.append(threading.Thread(target=self._strike, args=(appointment,), daemon=True))
+            threads[-1].start()
+        time.sleep(max(0.0, started + seconds - time.monotonic()))
+        for thread in threads:
+            thread.join()
+        if self._errors:
+            appointment, error = self._errors[0]
+            raise VoidRunError(f"{appointment.fault.kind} (seed {appointment.seed}) could not be done") from error
+        return sorted(self._struck, key=lambda strike: strike.at)
+
+    def _strike(self, appointment: Appointment) -> None:
+        fault = appointment.fault
+        _say(f"{appointment.at:7.1f} s  {fault.kind}, {appointment.seconds:.1f} s")
+        try:
+            with self._servers[fault.alone_with]:
+                at = time.time()
+                with fault.strike(self._world, Random(appointment.seed)):
+                    struck = time.time()
+                    time.sleep(appointment.seconds)
+                self._struck.append(Strike(fault, at, struck, time.time()))
+        except BaseException as error:
+            self._errors.append((appointment, error))
+
+
+def _heal(world: World, patience: float) -> Left:
+    """Wait until everything has ended, and say what is left. A person gives Centrifugo the namespace that it lacks."""
+    world.restart_centrifugo(namespaces=(*HISTORY, namespace("nowhere", 20_000)))
+    left = Left()
+    deadline = time.monotonic() + patience
+    while True:
+        with world.database() as connection:
+            left.measure_database(connection, world)
+        if not left.violations or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    left.seconds = patience - (deadline - time.monotonic())
+    left.measure_processes(world)
+    return left
+
+
+def _let_the_witness_finish(world: World) -> None:
+    """Until it has heard nothing for a second: nobody can tell it that nothing more will come."""
+    log = world.folder / "witness.jsonl"
+    seen = (-1, 0.0)
+
+    def silent() -> bool:
+        nonlocal seen
+        size = log.stat().st_size
+        if size != seen[0]:
+            seen = (size, time.monotonic())
+        return time.monotonic() - seen[1] > 1.0
+
+    wait_until(silent, "the witness has heard everything")
+    end(world.witness)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
