@@ -9,7 +9,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info
 STAMP   := .venv/.ready-$(VERSION)
 LOWEST  := .venv-lowest/.ready-$(VERSION)
 # What tests need and no wheel has, as Debian calls it.
-DEBIAN  := postgresql chromium
+DEBIAN  := postgresql chromium faketime
 COMPILE := .venv/bin/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11
 
 .DEFAULT_GOAL := help
@@ -57,8 +57,9 @@ bench: setup ## Measure beside the rivals, write docs/benchmarks.md (QUICK=1, FU
 	@.venv/bin/python -m bench --mode $(if $(QUICK),quick,$(if $(FULL),full,short)) $(ARGS)
 
 .PHONY: chaos
-chaos: setup ## Strike the relay with every fault, judge, write build/chaos.json (MINUTES=2, SEED=1)
-	@.venv/bin/python -m tests.chaos $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(ARGS)
+chaos: setup debian ## Strike the relay with every fault and judge it (MINUTES=2, SEED=1, RECORD=1 writes docs/faults.md)
+	@.venv/bin/python -m tests.chaos $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) \
+		$(if $(RECORD),--record) $(ARGS)
 
 .PHONY: check
 check: $(STAMP) ## Pins, formatter, linter, types, import contract

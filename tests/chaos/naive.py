@@ -76,8 +76,9 @@ def skip_locked(relay: Naive) -> int:
 
 def cursor(relay: Naive) -> int:
     """id > cursor, by one relay at a time: what commits with a lower id than another has been sent is never seen."""
+    relay.connection.execute("SELECT pg_advisory_xact_lock(1)")
     relay.connection.execute("CREATE TABLE IF NOT EXISTS naive_cursor AS SELECT 0::bigint AS at")
-    [(at,)] = relay.connection.execute("SELECT at FROM naive_cursor FOR UPDATE").fetchall()
+    [(at,)] = relay.connection.execute("SELECT at FROM naive_cursor").fetchall()
     rows = relay.connection.execute(
         f"SELECT {_COLUMNS} FROM outbox WHERE id > %s ORDER BY id LIMIT {BATCH}", (at,)
     ).fetchall()
