@@ -1,8 +1,9 @@
-"""Whatever the weather: a relay's worker over an outbox in memory, driven by Hypothesis, judged by a log of requests.
+"""Whatever the weather: two relays over an outbox in memory, driven by Hypothesis, judged by a log of requests.
 
-The worker, `waves`, `judge`, `decide` and `Suspects` are the real ones. In place of PostgreSQL stands `Memory`, which
+The workers, `waves`, `judge`, `decide` and `Suspects` are the real ones. In place of PostgreSQL stands `Memory`, which
 says in plain Python what the statements of `Store` say in SQL, on a clock that a test turns by minutes at once; in
-place of Centrifugo `Weather`, which accepts and refuses as it is told. The judge knows nothing of holds, attempts or
+place of Centrifugo `Weather`, which accepts and refuses as it is told. Relays die and lose their database in the middle
+of a batch, which is undone then, but for what was sent. The judge knows nothing of holds, attempts or
 suspects: only who was sent when, and who was accepted.
 """
 
@@ -20,6 +21,7 @@ import hypothesis.strategies as st
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from outbox_relay.database import DatabaseUnavailableError
 from outbox_relay.outcome import (
     ACCEPTED,
     INTERNAL,
@@ -35,7 +37,7 @@ from outbox_relay.outcome import (
     Settlement,
     namespace,
 )
-from outbox_relay.relay import Options, Pause, Shared, Worker
+from outbox_relay.relay import Limits, Options, Pause, Shared, Worker
 from outbox_relay.store import Batch, Claim, Clock, Lane, Store
 
 Aggregate = tuple[str, str]
@@ -48,6 +50,7 @@ OPTIONS = Options(
     lanes=6,
     events_per_lane=3,
     batch_time=math.inf,
+    limits=Limits(events=5),
     policy=POLICY,
     policies={"waits": replace(POLICY, wait_after_dead=True)},
 )
@@ -81,6 +84,7 @@ class Memory:
         self.now = 1_000.0
         self.rows: dict[int, Row] = {}
         self.waits: dict[Aggregate, Wait] = {}
+        self.fails_to_settle = False
 
     def enqueue(self, aggregate: Aggregate, channels: list[str]) -> None:
         id_ = len(self.rows) + 1
@@ -106,7 +110,13 @@ class Memory:
 
     @contextmanager
     def batch(self) -> Iterator[None]:
-        yield
+        rows = {id_: Row(row.event, row.state, list(row.accepted)) for id_, row in self.rows.items()}
+        waits = {aggregate: Wait(wait.hold, wait.due_at) for aggregate, wait in self.waits.items()}
+        try:
+            yield
+        except BaseException:
+            self.rows, self.waits = rows, waits
+            raise
         self.now += BLINK
 
     def claim(self, after: int, lanes: int) -> Claim:
@@ -138,6 +148,8 @@ class Memory:
         return batch
 
     def settle(self, delivered: Sequence[int], refused: Sequence[Settlement], holds: Mapping[Aggregate, Hold]) -> None:
+        if self.fails_to_settle:
+            raise DatabaseUnavailableError("while settling")
         for id_ in delivered:
             self.rows[id_].state = "delivered"
         held: set[Aggregate] = set()
@@ -234,6 +246,8 @@ class Request:
     refused: Mapping[int, Mapping[str, int]]
     failed: bool = False
     verdict: int = 0
+    undone: bool = False
+    """Whether what became of it was never committed."""
 
     @cached_property
     def accepted(self) -> Sequence[tuple[Event, str]]:
@@ -245,6 +259,10 @@ class Request:
         ]
 
 
+class KilledError(BaseException):
+    """The end of a relay, in the middle of what it did."""
+
+
 class Weather:
     """A publisher under a sky that changes after `change_after` events, also in the middle of a request."""
 
@@ -252,6 +270,8 @@ class Weather:
         self.sky = Sky()
         self.next_sky = Sky()
         self.change_after = math.inf
+        self.kills_after: float = math.inf
+        """In so many requests the relay dies: the last one is heard, and its answer is not."""
         self.log: list[Request] = []
         self._memory = memory
 
@@ -275,6 +295,9 @@ class Weather:
         }
         verdict = 0 if self.sky.down else 403
         self.log.append(Request(sent_at, self._memory.now, events, {} if broken else refused, broken, verdict))
+        self.kills_after -= 1
+        if self.kills_after < 0:
+            raise KilledError
         return Outage("the weather", verdict=verdict) if broken else replies
 
     def _reply(self, event: Event) -> Reply:
@@ -300,14 +323,24 @@ class Weather:
     def _complete(self, event: Event) -> bool:
         return {channel for heard, channel in self.accepted() if heard.id == event.id} == set(event.channels)
 
-    def accepted(self) -> Iterator[tuple[Event, str]]:
-        return itertools.chain.from_iterable(request.accepted for request in self.log)
+    @property
+    def valid(self) -> list[Request]:
+        """The requests of which the outcome was written, or may still be."""
+        return [request for request in self.log if not request.undone]
+
+    def undo(self, since: int) -> None:
+        """The batch of all requests from here on is rolled back."""
+        self.log[since:] = [replace(request, undone=True) for request in self.log[since:]]
+
+    def accepted(self, *, also_undone: bool = False) -> Iterator[tuple[Event, str]]:
+        requests = self.log if also_undone else self.valid
+        return itertools.chain.from_iterable(request.accepted for request in requests)
 
     def blamable(self, id_: int) -> list[tuple[float, frozenset[int]]]:
         """The event's refusals, each with when it was answered and its codes; none where its request failed with
         others in it."""
         found: list[tuple[float, frozenset[int]]] = []
-        for request in self.log:
+        for request in self.valid:
             if request.failed and [event.id for event in request.events] == [id_]:
                 found.append((request.answered_at, frozenset({request.verdict})))
             elif id_ in request.refused:
@@ -343,9 +376,11 @@ class RelayUnderWeather(RuleBasedStateMachine):
         super().__init__()
         self.memory = Memory()
         self.weather = Weather(self.memory)
-        shared = Shared(Pause(OPTIONS))
-        self.worker = Worker(cast(Store, self.memory), self.weather, OPTIONS, shared)
+        self.workers = [self._start_relay() for _ in range(2)]
         self.dead: set[int] = set()
+
+    def _start_relay(self) -> Worker:
+        return Worker(cast(Store, self.memory), self.weather, OPTIONS, Shared(Pause(OPTIONS)))
 
     @rule(
         aggregate=st.sampled_from(AGGREGATES),
@@ -364,12 +399,37 @@ class RelayUnderWeather(RuleBasedStateMachine):
     def the_weather_will_change(self, sky: Sky, after: int) -> None:
         self.weather.next_sky, self.weather.change_after = sky, after
 
-    @rule(seconds=st.sampled_from([0.0, 1.0, 30.0, 600.0]), batches=st.integers(1, 4))
-    def work(self, seconds: float, batches: int) -> None:
-        for _ in range(batches):
+    @rule(seconds=st.sampled_from([0.0, 1.0, 30.0, 600.0]), relays=st.lists(st.integers(0, 1), min_size=1, max_size=4))
+    def work(self, seconds: float, relays: list[int]) -> None:
+        for relay in relays:
             self.memory.now += seconds
-            self.worker.run_once()
+            self.workers[relay].run_once()
             self._judge_the_dead()
+
+    @rule(relay=st.integers(0, 1), requests=st.integers(0, 4))
+    def a_relay_dies(self, relay: int, requests: int) -> None:
+        """In the middle of a batch, if that has so many requests. Another one is started in its place."""
+        began = len(self.weather.log)
+        self.weather.kills_after = requests
+        try:
+            self.workers[relay].run_once()
+        except KilledError:
+            self.weather.undo(began)
+        self.weather.kills_after = math.inf
+        self.workers[relay] = self._start_relay()
+        self._judge_the_dead()
+
+    @rule(relay=st.integers(0, 1))
+    def a_relay_loses_its_database(self, relay: int) -> None:
+        """Having sent, and before it can write what came of it. It knows what it has seen, and begins a new session."""
+        began = len(self.weather.log)
+        self.memory.fails_to_settle = True
+        try:
+            self.workers[relay].run_once()
+        except DatabaseUnavailableError:
+            self.weather.undo(began)
+        self.memory.fails_to_settle = False
+        self._judge_the_dead()
 
     @rule(
         sky=st.sampled_from([Sky(down=True), Sky(refusing=dict.fromkeys(CHANNELS, INTERNAL))]),
@@ -382,7 +442,7 @@ class RelayUnderWeather(RuleBasedStateMachine):
         attempts = {wait.hold.head_id: wait.hold.attempts for wait in self.memory.waits.values()}
         for minute in range(minutes):
             self.memory.now += 60.0
-            self.worker.run_once()
+            self.workers[minute % 2].run_once()
             if minute == 0:
                 attempts = {wait.hold.head_id: wait.hold.attempts for wait in self.memory.waits.values()}
         self._judge_the_dead()
@@ -429,7 +489,7 @@ class RelayUnderWeather(RuleBasedStateMachine):
     def first_acceptances_are_in_order(self) -> None:
         last: dict[tuple[Aggregate, str], int] = {}
         seen: set[tuple[int, str]] = set()
-        for event, channel in self.weather.accepted():
+        for event, channel in self.weather.accepted(also_undone=True):
             if (event.id, channel) not in seen:
                 assert last.get((event.aggregate, channel), 0) < event.id
                 last[event.aggregate, channel] = event.id
@@ -437,8 +497,7 @@ class RelayUnderWeather(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_lost_and_nothing_sent_twice(self) -> None:
-        """Delivered is who was accepted by all channels, each of them once: no request here goes without an answer
-        that was executed."""
+        """Delivered is who was accepted by all channels, each of them once, in requests that were not undone."""
         accepted = sorted((event.id, channel) for event, channel in self.weather.accepted())
         assert len(accepted) == len(set(accepted))
         for row in self.memory.rows.values():
@@ -463,8 +522,8 @@ class RelayUnderWeather(RuleBasedStateMachine):
             assert wait.hold.tries <= len(self.weather.blamable(event.id))
 
     def teardown(self) -> None:
-        """Some events stay poisoned, and new orders keep coming: all but the poisoned ones end. Then nothing is
-        poisoned: all end, but for those that wait for a person."""
+        """One relay is left. Some events stay poisoned, and new orders keep coming: all but the poisoned ones end. Then
+        nothing is poisoned: all end, but for those that wait for a person."""
         self.weather.sky, self.weather.change_after = Sky(poisoned=self.weather.sky.poisoned), math.inf
         self._let_go(without=self.weather.sky.poisoned)
         self.weather.sky = Sky()
@@ -481,7 +540,7 @@ class RelayUnderWeather(RuleBasedStateMachine):
                 return
             self.memory.enqueue(("goes on", f"new {number} {len(self.memory.rows)}"), ["a:1", "b:1", "c:1"])
             self.memory.now += POLICY.backoff_max
-            self.worker.run_once()
+            self.workers[0].run_once()
         raise AssertionError(f"these events still wait: {stuck}")
 
     def _waits_for_a_person(self, row: Row) -> bool:
