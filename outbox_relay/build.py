@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import partial
@@ -119,4 +120,6 @@ def policy(settings: Settings, own: TypeSettings | None = None) -> Policy:
         backoff_base=settings.backoff_base if own.backoff_base is None else own.backoff_base,
         backoff_max=settings.backoff_max if own.backoff_max is None else own.backoff_max,
         wait_after_dead=own.after_dead == "wait",
+        max_age=(settings.max_age if own.max_age is None else own.max_age) or math.inf,
+        gap=settings.gap if own.gap is None else own.gap,
     )

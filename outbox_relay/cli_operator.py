@@ -225,7 +225,8 @@ def dead_discard(  # noqa: PLR0917 - Typer's options are keywords
 ) -> None:
     """Give events up for good: dead ones, and by its id also one that holds its aggregate.
 
-    What waited behind it goes out now. Subscribers never hear of a discarded event.
+    What waited behind it goes out now. Subscribers never hear of a discarded event. One that holds its aggregate
+    keeps its place until a relay has told its channels of the gap; discard it again to end it at once, untold.
     """
     chosen = _chosen(ids, _filter(type_, aggregate, channel, older_than, newer_than), every=every)
     with _operator(config, database_url, schema) as operator:

@@ -45,6 +45,8 @@ class TypeSettings:
     after_dead: Annotated[
         Literal["go_on", "wait"], Doc("go_on, or wait until a person has requeued or discarded the dead event")
     ] = "go_on"
+    max_age: Annotated[Age | None, Doc("seconds after which an event is not sent any more; 0: it never expires")] = None
+    gap: Annotated[bool | None, Doc("tell channels of an event that they will not get (ob_kind=gap)")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,8 @@ class Settings:
     min_age: Annotated[Age, Doc("seconds of refusals before an event may be dead")] = 900.0
     backoff_base: Annotated[Seconds, Doc("seconds that an aggregate waits after its first refusal")] = 1.0
     backoff_max: Annotated[Seconds, Doc("seconds that an aggregate waits between two tries, at most")] = 60.0
+    max_age: Annotated[Age, Doc("seconds after which an event is not sent any more; 0: it never expires")] = 0.0
+    gap: Annotated[bool, Doc("tell channels of an event that they will not get (ob_kind=gap)")] = True
     keep: Annotated[Age, Doc("seconds that delivered events are kept; 0 deletes them at delivery")] = 7 * 86_400.0
     keep_dead: Annotated[Age, Doc("seconds that dead, expired and discarded events are kept")] = 90 * 86_400.0
     types: Annotated[

@@ -19,12 +19,12 @@ from prometheus_client.registry import Collector
 
 from outbox_relay.health import Health
 from outbox_relay.log import get_logger
-from outbox_relay.outcome import Event, Outage, Settlement
+from outbox_relay.outcome import Event, GivenUp, Outage, Outcome, Settlement
 
 log = get_logger()
 
 PREFIX: Final = "outbox_relay_"
-OUTCOMES: Final = ("delivered", "held", "dead")
+OUTCOMES: Final = ("delivered", "held", "dead", "expired", "discarded")
 RESULTS: Final = ("answered", "failed")
 REST: Final = 10
 """After a question to the database so many times its duration pass before the next: a tenth of a session at most."""
@@ -90,7 +90,7 @@ class Metrics(Collector):
         lags = [max(0.0, now - event.created_at) for event in delivered]
         with self._lock:
             self._events["delivered"] += len(delivered)
-            self._events.update(type(settlement.outcome).__name__.lower() for settlement in settlements)
+            self._events.update(_label(settlement.outcome) for settlement in settlements)
             self._batch_events.add((len(delivered) + len(settlements),))
             self._lag.add(lags)
 
@@ -185,6 +185,11 @@ class BacklogCollector(Collector):
         finally:
             took = time.monotonic() - asked_at
             self._due_at = asked_at + max(self._every, REST * took)
+
+
+def _label(outcome: Outcome) -> str:
+    """An outcome's name. Until its channels were told, an event that is given up is held like any other."""
+    return outcome.state if isinstance(outcome, GivenUp) else "held"
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

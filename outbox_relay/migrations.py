@@ -57,6 +57,7 @@ CREATE TABLE {schema}.outbox (
     created_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
     expires_at timestamptz,
     state {schema}.outbox_state NOT NULL DEFAULT 'pending',
+    ending {schema}.outbox_state,
     accepted text[],
     settled_at timestamptz,
     error text,

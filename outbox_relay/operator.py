@@ -101,13 +101,17 @@ class HoldRow:
 
 @dataclass(frozen=True, slots=True)
 class EventDetails(EventRow):
-    """Everything about one event. `payload` and `tags` are JSON text as stored, `hold` that of its aggregate."""
+    """Everything about one event. `payload` and `tags` are JSON text as stored, `hold` that of its aggregate.
+
+    `ending`: given up, and in this state once its channels were told.
+    """
 
     event_id: uuid.UUID
     lane: int
     payload: str
     tags: str | None
     accepted: list[str] | None
+    ending: str | None
     expires_at: datetime | None
     replay: int | None
     traceparent: str | None
@@ -160,8 +164,8 @@ _EVENT: Final = (
     "o.state::text, o.created_at, o.settled_at, o.error, h.tries, h.attempts, nullif(h.due_at, 'infinity') AS due_at"
 )
 _DETAILS: Final = (
-    ", o.event_id, {lane} AS lane, o.payload::text, o.tags::text, o.accepted, o.expires_at, o.replay, o.traceparent, "
-    "o.base_version"
+    ", o.event_id, {lane} AS lane, o.payload::text, o.tags::text, o.accepted, o.ending::text, o.expires_at, o.replay, "
+    "o.traceparent, o.base_version"
 )
 _MATCHES: Final = """
     (%(aggregate_type)s::text IS NULL OR o.aggregate_type = %(aggregate_type)s)
@@ -258,16 +262,21 @@ WHERE o.id = ANY(%(ids)s::bigint[]) AND o.state = %(state)s::{outbox_state}
 RETURNING o.id, o.aggregate_type::text, o.aggregate_id::text
 """
 
+# A dead event's gap was told when it died. A head is marked, and ends in its place in the order once a relay has told
+# its channels; discarded again, it ends at once.
 _DISCARD: Final = """
-UPDATE {outbox} AS o SET state = 'discarded', settled_at = clock_timestamp()
+UPDATE {outbox} AS o
+SET state = CASE WHEN o.state = 'dead' OR o.ending IS NOT NULL THEN 'discarded' ELSE o.state END,
+    settled_at = CASE WHEN o.state = 'dead' OR o.ending IS NOT NULL THEN clock_timestamp() END,
+    ending = CASE WHEN o.state = 'parked' AND o.ending IS NULL THEN 'discarded'::{outbox_state} END
 WHERE o.id = ANY(%(ids)s::bigint[])
   AND (o.state = 'dead'
        OR o.state = 'parked' AND EXISTS (SELECT FROM {outbox_hold} AS h WHERE {of_aggregate} AND h.head_id = o.id))
 RETURNING o.id, o.aggregate_type::text, o.aggregate_id::text
 """
 
-# The lowest parked event heads the hold, and a new head starts anew, due now; the hold ends when nothing is parked.
-# A wait for a person ends only with the dead event that it is about.
+# The lowest parked event heads the hold, and a new head, or one that is now given up, starts anew, due now; the hold
+# ends when nothing is parked. A wait for a person ends only with the dead event that it is about.
 _MOVE_ON: Final = """
 WITH next AS (
     SELECT h.aggregate_type, h.aggregate_id, (
@@ -286,7 +295,9 @@ SET head_id = next.head_id, due_at = clock_timestamp(), tries = 0, attempts = 0,
     first_refused_at = clock_timestamp(), refused_at = clock_timestamp()
 FROM next
 WHERE h.aggregate_type = next.aggregate_type AND h.aggregate_id = next.aggregate_id
-  AND next.head_id IS NOT NULL AND (h.head_id <> next.head_id OR h.due_at = 'infinity')
+  AND next.head_id IS NOT NULL
+  AND (h.head_id <> next.head_id OR h.due_at = 'infinity'
+       OR EXISTS (SELECT FROM {outbox} AS o WHERE o.id = h.head_id AND o.ending IS NOT NULL))
 """
 
 # A wait for a person is about its dead event: without it nobody could end the wait.
@@ -389,7 +400,11 @@ class Operator:
         return self._change(chosen, "dead", change, dry_run=dry_run)
 
     def discard(self, chosen: Filter | Iterable[int], *, dry_run: bool = False) -> Changed:
-        """Give events up: dead ones, and by its id also the head of a hold. What waited behind one goes on now."""
+        """Give events up: dead ones, and by its id also the head of a hold.
+
+        A head stays parked until a relay has told its channels of the gap, if its type has gaps; then what waited
+        behind it goes on. One that is given up already ends at once, its gap untold.
+        """
 
         def change(session: _Session, _lane: int, ids: Sequence[int], changed: Changed) -> None:
             allowed: list[int] = []

@@ -375,6 +375,8 @@ def tables(metadata: sa.MetaData, schema: str | None = None) -> sa.MetaData:
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False, server_default=now),
         sa.Column("expires_at", sa.DateTime(timezone=True)),
         sa.Column("state", _enum("outbox_state", STATES, schema), nullable=False, server_default="pending"),
+        # Given up: the state that it will have once its channels were told.
+        sa.Column("ending", _enum("outbox_state", STATES, schema)),
         sa.Column("accepted", pg.ARRAY(sa.Text)),
         sa.Column("settled_at", sa.DateTime(timezone=True)),
         sa.Column("error", sa.Text),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -41,6 +42,9 @@ class Event(NamedTuple):
     """The version that this change applies to."""
     epoch: str = ""
     """What the database's epoch was when the event was read under its lane's lock."""
+    expires_at: float | None = None
+    ending: str | None = None
+    """The state in which it ends once its channels were told of the gap. It is not sent itself any more."""
 
     @property
     def aggregate(self) -> tuple[str, str]:
@@ -50,7 +54,9 @@ class Event(NamedTuple):
     def idempotency_key(self) -> str:
         """A repeated event_id of the caller's must not swallow an event, nor must a replay be swallowed."""
         key = f"{self.event_id}:{self.id}"
-        return key if self.replay is None else f"{key}:r{self.replay}"
+        if self.replay is not None:
+            key = f"{key}:r{self.replay}"
+        return f"{key}:gap" if self.ending else key
 
     @property
     def unsent(self) -> list[str]:
@@ -116,7 +122,8 @@ class Hold:
 class Policy:
     """When an event is given up, and how long its aggregate waits in between; seconds.
 
-    `wait_after_dead`: the aggregate's later events wait for a person to requeue or discard the dead one.
+    `wait_after_dead`: the aggregate's later events wait for a person to requeue or discard the dead one. `max_age`: an
+    event older than that has expired. `gap`: channels are told of an event that they will not get.
     """
 
     max_attempts: int = 10
@@ -124,6 +131,8 @@ class Policy:
     backoff_base: float = 1.0
     backoff_max: float = 60.0
     wait_after_dead: bool = False
+    max_age: float = math.inf
+    gap: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,19 +147,31 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
-class Dead:
-    """The event is given up, with its reason; `wait` says that its aggregate waits for a person."""
+class Owed:
+    """The event is given up, but keeps its place until its channels were told of the gap; then it ends as `ending`."""
 
+    ending: str
     error: str
+
+
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """The event ends undelivered in `state`, with the reason if there is more to say.
+
+    Its channels were told of the gap, or will not be. `wait` says that its aggregate waits for a person.
+    """
+
+    state: str
+    error: str | None = None
     wait: bool = False
 
 
-Outcome = Held | Dead
-"""What becomes of an event that was refused. The others are delivered."""
+Outcome = Held | Owed | GivenUp
+"""What becomes of an event that was refused, or that is not sent. The others are delivered."""
 
 
 class Settlement(NamedTuple):
-    """A refused event's outcome, and the channels that accepted it this time."""
+    """An event's outcome, and the channels that accepted it, or its gap, this time."""
 
     event: Event
     outcome: Outcome
@@ -184,6 +205,7 @@ def decide(
     now: float,
     policy: Policy,
     *,
+    ending: str | None = None,
     jitter: float | None = None,
 ) -> Outcome:
     """Say what a refused event becomes.
@@ -193,6 +215,7 @@ def decide(
     fault only if, since then, another aggregate of the same namespace was accepted in a request sent after
     the refusal; so a refusal is judged when the next one arrives, and the first never counts. The held
     aggregate itself sends nothing in between, so whatever was accepted there belongs to another one.
+    `ending` says that what was refused is not the event but its gap: one such refusal ends it, untold.
     """
     codes = {refusal.code for refusal in reply.refusals}
     first = reply.refusals[0]
@@ -205,10 +228,17 @@ def decide(
         blamed = not codes & {INTERNAL, UNANSWERED} and others_accepted_at > hold.refused_at
         tries, attempts, age = hold.tries + 1, hold.attempts + blamed, now - hold.first_refused_at
         hopeless = bool(codes & PERMANENT) or (attempts >= policy.max_attempts and age >= policy.min_age)
+        if blamed and ending:
+            return given_up(ending, policy, f"the gap is untold: {error}")
         if blamed and hopeless:
-            return Dead(error, policy.wait_after_dead)
+            return Owed("dead", error) if policy.gap else given_up("dead", policy, error)
     delay = backoff(tries, policy.backoff_base, policy.backoff_max, jitter)
     return Held(tries=tries, attempts=attempts, delay=delay, error=error, alone=alone)
+
+
+def given_up(state: str, policy: Policy, error: str | None = None) -> GivenUp:
+    """The end of an event whose gap was told, or that owes none; `error` where it owes one that nobody takes."""
+    return GivenUp(state, error, wait=state == "dead" and policy.wait_after_dead)
 
 
 def judge(
@@ -237,7 +267,7 @@ def judge(
             continue
         others = min(accepted_at.get(namespace(refusal.channel), 0.0) for refusal in reply.refusals)
         own_hold = hold if hold is not None and hold.head_id == event.id else None
-        outcome = decide(reply, own_hold, others, now, policy_of(event.aggregate_type))
+        outcome = decide(reply, own_hold, others, now, policy_of(event.aggregate_type), ending=event.ending)
         settlements.append(Settlement(event, outcome, reply.accepted))
     return settlements, outage
 

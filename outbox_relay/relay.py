@@ -22,8 +22,10 @@ from outbox_relay.outcome import (
     INTERNAL,
     UNANSWERED,
     Event,
+    GivenUp,
     Held,
     Outage,
+    Owed,
     Policy,
     Refusal,
     Reply,
@@ -34,6 +36,7 @@ from outbox_relay.outcome import (
     judge,
     namespace,
 )
+from outbox_relay.policy import end, plan
 from outbox_relay.store import Batch, Clock, Store
 from outbox_relay.upkeep import Chores
 
@@ -169,6 +172,8 @@ class Sent:
     """What is known of a batch after its requests: events without an answer are in neither list."""
 
     delivered: list[Event] = field(default_factory=list)
+    told: list[Event] = field(default_factory=list)
+    """Gaps that were accepted."""
     refused: list[tuple[Event, Reply]] = field(default_factory=list)
     behind: set[tuple[str, str]] = field(default_factory=set)
     """Aggregates of which nothing more may be sent in this batch."""
@@ -220,6 +225,7 @@ class Worker:
             )
             if self._untried:
                 self._store.rehearse([event.id for event in batch.events])
+            batch.events, ends = plan(batch.events, claim.clock.now(), options.policy_of)
             sent = self._publish(batch, claim.clock)
             settlements, trouble = judge(
                 sent.refused,
@@ -229,6 +235,7 @@ class Worker:
                 options.policy_of,
                 anything_accepted=sent.anything_accepted,
             )
+            settlements += [*ends, *(end(gap, options.policy_of(gap.aggregate_type)) for gap in sent.told)]
             outage = sent.outage or trouble
             # Before the lanes are free for another worker, which would not know.
             self._shared.pause.report(outage, sound=sent.sound)
@@ -283,7 +290,7 @@ class Worker:
         accepted: set[str] = set()
         for event, reply in zip(events, replies, strict=True):
             if reply is ACCEPTED:
-                sent.delivered.append(event)
+                (sent.told if event.ending else sent.delivered).append(event)
                 accepted.update(event.unsent if event.accepted else event.channels)
             else:
                 # What its other channels accept proves that Centrifugo works, but nothing against this event.
@@ -298,10 +305,15 @@ class Worker:
 def _log_outcomes(delivered: int, settlements: Iterable[Settlement]) -> None:
     for event, outcome, _ in settlements:
         about = {"event_id": event.id, "aggregate_type": event.aggregate_type, "aggregate_id": event.aggregate_id}
-        if isinstance(outcome, Held):
-            log.warning("event refused, its aggregate waits", **about, **asdict(outcome))
-        else:
-            log.error("event is dead", **about, error=outcome.error)
+        match outcome:
+            case Held():
+                log.warning("event refused, its aggregate waits", **about, **asdict(outcome))
+            case Owed(error=error):
+                log.error("event is given up, its channels are told", **about, error=error)
+            case GivenUp(state="dead", error=error):
+                log.error("event is dead", **about, error=error)
+            case GivenUp(state=state, error=error):
+                log.info(f"event is {state}", **about, error=error)
     if delivered:
         log.debug("delivered", events=delivered)
 

@@ -48,7 +48,7 @@ class Session:
         # Whatever the schema is called, it is no placeholder.
         self._names: Mapping[str, Any] = {
             name: sql.SQL(sql.Identifier(schema, name).as_string().replace("%", "%%"))
-            for name in ("outbox", "outbox_lane", "outbox_hold", "outbox_epoch", "outbox_generation")
+            for name in ("outbox", "outbox_lane", "outbox_hold", "outbox_epoch", "outbox_generation", "outbox_state")
         } | {"lane": sql.SQL(LANE)}
         self._sql: dict[str, bytes] = {}
 

@@ -15,7 +15,7 @@ import psycopg
 from psycopg import errors
 
 from outbox_relay.database import DatabaseUnavailableError, one_line
-from outbox_relay.outcome import Dead, Event, Held, Hold, Outcome, Settlement, boottime
+from outbox_relay.outcome import Event, GivenUp, Held, Hold, Owed, Settlement, boottime
 from outbox_relay.start_hint import START, StartHint
 from outbox_relay.upkeep import Upkeep
 
@@ -58,7 +58,10 @@ class Batch:
 
 _ID, _LANE, _PAYLOAD = (Event._fields.index(name) for name in ("id", "lane", "payload"))
 _COLUMNS: Final = "id, event_id::text, aggregate_type, aggregate_id, lane, version, kind::text, channels,"
-_REST: Final = "tags::text, accepted, date_part('epoch', created_at), replay, base_version, (SELECT {outbox_epoch}())"
+_REST: Final = (
+    "tags::text, accepted, date_part('epoch', created_at), replay, base_version, (SELECT {outbox_epoch}()), "
+    "date_part('epoch', expires_at), ending::text"
+)
 
 # The first lane after {lane_before}, up to part.high, that has pending events or a hold among those longest due. Here
 # and below the lane is asked for as a range: only the index by lane has this order. With `=` the planner may walk
@@ -166,15 +169,20 @@ UPDATE {outbox} SET state = 'delivered', settled_at = clock_timestamp(), accepte
 WHERE id = ANY(%(ids)s::bigint[]) AND state IN ('pending', 'parked')
 """
 
-_DEAD: Final = """
-UPDATE {outbox} AS o SET state = 'dead', settled_at = clock_timestamp(), error = s.error
-FROM unnest(%(ids)s::bigint[], %(errors)s::text[]) AS s(id, error)
+# The reason of a dead event stays beside the one for which its gap is untold.
+_ENDED: Final = """
+UPDATE {outbox} AS o
+SET state = s.state::{outbox_state}, settled_at = clock_timestamp(), ending = NULL,
+    error = CASE WHEN o.ending IS NULL THEN coalesce(s.error, o.error)
+                 ELSE nullif(concat_ws('; ', o.error, s.error), '') END
+FROM unnest(%(ids)s::bigint[], %(states)s::text[], %(errors)s::text[]) AS s(id, state, error)
 WHERE o.id = s.id AND o.state IN ('pending', 'parked')
 """
 
 _HEAD_PARKED: Final = """
-UPDATE {outbox} AS o SET state = 'parked', error = s.error
-FROM unnest(%(ids)s::bigint[], %(errors)s::text[]) AS s(id, error)
+UPDATE {outbox} AS o
+SET state = 'parked', ending = s.ending::{outbox_state}, error = coalesce(s.reason, o.error)
+FROM unnest(%(ids)s::bigint[], %(endings)s::text[], %(reasons)s::text[]) AS s(id, ending, reason)
 WHERE o.id = s.id AND o.state IN ('pending', 'parked')
 """
 
@@ -196,7 +204,19 @@ ON CONFLICT (aggregate_type, aggregate_id) DO UPDATE SET
                             ELSE excluded.first_refused_at END
 """
 
-_HELD_COLUMNS: Final = ("types", "aggregates", "lanes", "ids", "delays", "tries", "attempts", "alone", "errors")
+_HELD_COLUMNS: Final = (
+    "types",
+    "aggregates",
+    "lanes",
+    "ids",
+    "endings",
+    "reasons",
+    "delays",
+    "tries",
+    "attempts",
+    "alone",
+    "errors",
+)
 
 # The hold ends when nothing of the aggregate is parked any more; else its next event is due now, as a new head.
 _RELEASE: Final = """
@@ -327,19 +347,27 @@ class Store(Upkeep):
     ) -> None:
         if delivered:
             self.execute(self._delivered, ids=_bigints(delivered))
-        dead = [(s.event, s.outcome.error) for s in refused if isinstance(s.outcome, Dead)]
-        if dead:
-            self.execute(_DEAD, ids=[event.id for event, _ in dead], errors=[error for _, error in dead])
-        held = [(s.event, _hold(s.outcome)) for s in refused if isinstance(s.outcome, Held) or s.outcome.wait]
+        ended = [(s.event.id, s.outcome) for s in refused if isinstance(s.outcome, GivenUp)]
+        if ended:
+            self.execute(
+                _ENDED,
+                ids=[id_ for id_, _ in ended],
+                states=[end.state for _, end in ended],
+                errors=[end.error for _, end in ended],
+            )
+        held = [(s.event, *hold) for s in refused if (hold := _hold(s))]
         if held:
-            rows = [(*e.aggregate, e.lane, e.id, h.delay, h.tries, h.attempts, h.alone, h.error) for e, h in held]
+            rows = [
+                (*e.aggregate, e.lane, e.id, ending, reason, h.delay, h.tries, h.attempts, h.alone, h.error)
+                for e, ending, reason, h in held
+            ]
             columns = dict(zip(_HELD_COLUMNS, map(list, zip(*rows, strict=True)), strict=True))
             self.execute(_HEAD_PARKED, **columns)
             self.execute(_HOLD, **columns)
         for event, _, accepted in refused:
             if accepted:
                 self.execute(_ACCEPTED, id=event.id, accepted=[*(event.accepted or ()), *accepted])
-        released = holds.keys() - {event.aggregate for event, _ in held}
+        released = holds.keys() - {event.aggregate for event, *_ in held}
         if released:
             self.execute(_RELEASE, types=[type_ for type_, _ in released], ids=[id_ for _, id_ in released])
 
@@ -355,9 +383,21 @@ class Store(Upkeep):
             raise DatabaseUnavailableError(one_line(error)) from error
 
 
-def _hold(outcome: Outcome) -> Held:
-    """The hold that a refused event's outcome asks for: after a dead one, until a person ends it."""
-    return outcome if isinstance(outcome, Held) else Held(0, 0, math.inf, outcome.error)
+def _hold(settlement: Settlement) -> tuple[str | None, str | None, Held] | None:
+    """What makes an event the head of a hold: how it ends once its gap is told, the reason to keep, and the hold.
+
+    A gap that is refused leaves the event's own reason as it is. Until the first try there is no wait; after a dead
+    event there is one that only a person ends.
+    """
+    match settlement.outcome:
+        case Held() as held:
+            ending = settlement.event.ending
+            return ending, None if ending else held.error, held
+        case Owed(ending=ending, error=error):
+            return ending, error, Held(0, 0, 0.0, error)
+        case GivenUp(wait=True, error=error):
+            return None, None, Held(0, 0, math.inf, error or "its head is dead")
+    return None
 
 
 def _bigints(ids: Sequence[int]) -> str:

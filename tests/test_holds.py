@@ -119,7 +119,9 @@ def test_no_attempt_counts_before_another_aggregate_was_accepted(
     a 107 at once, and its successor goes on. (A stand-in refuses: see `refuse`.)"""
     connection = connect()
     write(connection, "bad", 1, channel)
-    gateway.fault = refuse(107, lambda command: command.aggregate[1] == "bad" and command.version == 1)
+    gateway.fault = refuse(
+        107, lambda command: (command.aggregate[1], command.version, command.kind) == ("bad", 1, "change")
+    )
     with make_relay(api_url=gateway.url):
         wait_until(lambda: holds(connection) and holds(connection)[0].tries >= 4, "the head is tried again and again")
         assert holds(connection)[0].attempts == 0
@@ -160,8 +162,9 @@ def test_when_an_event_is_given_up(
     bad, good = neighbours(connection, 2)
     traffic = Traffic(connection, good, channel)
     write(connection, bad, 1, channel)
+    first = ("order", bad, 1, "change")
     successor = write(connection, bad, 2, channel)
-    gateway.fault = refuse(code, lambda command: command.aggregate[1] == bad and command.version == 1)
+    gateway.fault = refuse(code, lambda command: (*command.aggregate, command.version, command.kind) == first)
     with make_relay(replace(relay_options, policy=policy), api_url=gateway.url):
         if end == "dead":
             traffic.until(lambda: ends(connection, bad) == [(1, "dead"), (2, "delivered")], "the order goes on")
@@ -169,10 +172,13 @@ def test_when_an_event_is_given_up(
             traffic.until(lambda: [held.tries for held in holds(connection)] > [6], "the head is tried again and again")
             assert ends(connection, bad) == [(1, "parked"), (2, "parked")]
         wait_until(lambda: delivered(connection, good) == len(traffic.written), "the neighbour's events are delivered")
-    tries = [command for command in gateway.commands if command.aggregate[1] == bad and command.version == 1]
+    tries = [command for command in gateway.commands if (*command.aggregate, command.version, command.kind) == first]
     assert len(tries) > (policy.max_attempts if code == 102 else 1)
     committed = [*traffic.written, *([successor] if end == "dead" else [])]
-    received = [fact(publication) for publication in subscriber.wait_for(len(committed))]
+    publications = subscriber.wait_for(len(committed) + (end == "dead"))
+    of_bad = [(heard.version, heard.tags["ob_kind"]) for heard in publications if heard.aggregate[1] == bad]
+    assert of_bad == ([(1, "gap"), (2, "change")] if end == "dead" else [])
+    received = [fact(publication) for publication in publications if publication.tags["ob_kind"] != "gap"]
     assert [heard for heard in received if heard.aggregate[1] == bad] == committed[len(traffic.written) :]
     assert violations(traffic.written, [heard for heard in received if heard.aggregate[1] == good]) == []
 

@@ -10,11 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from outbox_relay.outcome import (
-    Dead,
     Event,
+    GivenUp,
     Held,
     Hold,
     Outage,
+    Owed,
     Policy,
     Refusal,
     Reply,
@@ -90,9 +91,11 @@ def test_what_a_refusal_means(
     """An event is blamed on evidence alone, and dead only after enough attempts and enough time."""
     outcome = decide(reply, hold, others, now, POLICY, jitter=1.0)
     if expected is None:
-        assert isinstance(outcome, Dead)
-        assert not outcome.wait
-        assert decide(reply, hold, others, now, replace(POLICY, wait_after_dead=True)) == replace(outcome, wait=True)
+        assert isinstance(outcome, Owed)
+        assert outcome.ending == "dead"
+        for wait in (False, True):
+            silent = replace(POLICY, gap=False, wait_after_dead=wait)
+            assert decide(reply, hold, others, now, silent) == GivenUp("dead", outcome.error, wait)
     else:
         assert isinstance(outcome, Held)
         assert (outcome.tries, outcome.attempts) == expected
@@ -106,7 +109,35 @@ def test_the_reason_is_told() -> None:
     assert reason == "Centrifugo refused channel 'chat:x' with 102: because"
     assert decide(refused(0), None, 0.0, 0.0, POLICY).error == "sent alone, its request failed: because"
     long = Reply((Refusal("chat:x", 102, "x" * 9999),))
-    assert len(decide(long, None, 0.0, 0.0, POLICY).error) == 1000
+    assert len(decide(long, None, 0.0, 0.0, POLICY).error or "") == 1000
+
+
+GAPS: dict[str, tuple[Reply, Hold | None, float, bool]] = {
+    # name: reply, hold, others accepted at, whether the event ends, its gap untold
+    "the first refusal": (refused(102), replace(OLD, tries=0, attempts=0), AFTER, False),
+    "without evidence": (refused(102), OLD, BEFORE, False),
+    "one refusal with evidence": (refused(102), replace(OLD, tries=1, attempts=0), AFTER, True),
+    "an internal error": (refused(100), OLD, AFTER, False),
+    "no answer": (refused(0), OLD, AFTER, False),
+    "a request of its own that is answered 403": (refused(-403), replace(OLD, tries=1, attempts=0), AFTER, True),
+}
+
+
+@pytest.mark.parametrize(("reply", "hold", "others", "untold"), GAPS.values(), ids=GAPS.keys())
+@pytest.mark.parametrize("ending", ["dead", "expired", "discarded"])
+def test_a_gap_is_tried_until_one_refusal_is_its_own(
+    reply: Reply, hold: Hold | None, others: float, untold: bool, ending: str
+) -> None:
+    """No age and no number of attempts: its event has ended already. Only a dead event may make others wait."""
+    policy = replace(POLICY, wait_after_dead=True)
+    outcome = decide(reply, hold, others, 191.0, policy, ending=ending)
+    if untold:
+        assert isinstance(outcome, GivenUp)
+        assert (outcome.state, outcome.wait) == (ending, ending == "dead")
+        assert outcome.error is not None
+        assert outcome.error.startswith("the gap is untold: ")
+    else:
+        assert isinstance(outcome, Held)
 
 
 # backoff
@@ -220,7 +251,7 @@ def test_other_refusals_are_the_namespaces_own_affair() -> None:
 def test_evidence_comes_from_the_same_namespace(accepted_at: dict[str, float], dead: bool) -> None:
     """That another namespace works says nothing about this one."""
     [settlement], _ = verdict(refused(102), holds={OWN: OLD}, accepted_at=accepted_at)
-    assert isinstance(settlement.outcome, Dead) is dead
+    assert isinstance(settlement.outcome, Owed) is dead
 
 
 def test_every_refusing_namespace_needs_evidence() -> None:
@@ -230,7 +261,7 @@ def test_every_refusing_namespace_needs_evidence() -> None:
     assert isinstance(settlement.outcome, Held)
     assert settlement.accepted == ("plain:a",)
     [settlement], _ = verdict(reply, holds={OWN: OLD}, accepted_at={"chat": AFTER, "news": AFTER})
-    assert isinstance(settlement.outcome, Dead)
+    assert isinstance(settlement.outcome, Owed)
 
 
 def test_a_hold_counts_for_its_head_alone() -> None:

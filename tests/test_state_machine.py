@@ -26,8 +26,8 @@ from outbox_relay.outcome import (
     ACCEPTED,
     INTERNAL,
     PERMANENT,
-    Dead,
     Event,
+    GivenUp,
     Held,
     Hold,
     Outage,
@@ -45,7 +45,7 @@ Aggregate = tuple[str, str]
 AGGREGATES: Sequence[Aggregate] = [(type_, name) for type_ in ("goes on", "waits") for name in "1234"]
 CHANNELS = ["a:1", "a:2", "b:1", "c:1"]
 CODES = [INTERNAL, 102, 104, 107, 108, 999]
-POLICY = Policy(max_attempts=3, min_age=60.0, backoff_base=1.0, backoff_max=30.0)
+POLICY = Policy(max_attempts=3, min_age=60.0, backoff_base=1.0, backoff_max=30.0, gap=False)
 OPTIONS = Options(
     lanes=6,
     events_per_lane=3,
@@ -161,10 +161,10 @@ class Memory:
                     row.state = "parked"
                     self._hold(event, outcome, self.now + outcome.delay)
                     held.add(event.aggregate)
-                case Dead():
-                    row.state = "dead"
+                case GivenUp():
+                    row.state = outcome.state
                     if outcome.wait:
-                        self._hold(event, Held(0, 0, 0.0, outcome.error), math.inf)
+                        self._hold(event, Held(0, 0, 0.0, ""), math.inf)
                         held.add(event.aggregate)
         for aggregate in holds.keys() - held:
             self._release(aggregate)

@@ -27,6 +27,7 @@ class Command(NamedTuple):
     key: str
     aggregate: tuple[str, str]
     version: int
+    kind: str
 
 
 class Exchange:
@@ -175,6 +176,7 @@ def _command(command: dict[str, Any]) -> Command:
         request["idempotency_key"],
         (tags["ob_type"], tags["ob_id"]),
         int(tags["ob_version"]),
+        tags["ob_kind"],
     )
 
 
