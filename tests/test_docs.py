@@ -9,6 +9,7 @@ import tomllib
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, fields
+from datetime import UTC, datetime
 from inspect import signature
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -196,10 +197,11 @@ def test_the_batch_is_what_the_relay_sends() -> None:
     assert json.loads(encode_batch(events, parallel=True)) == json.loads(WIRE["batch"].code)
 
 
+@pytest.mark.parametrize("example", ["publication", "gap"])
 def test_the_publication_is_what_a_subscriber_gets(
-    engine: sa.Engine, channel: str, subscribe: Callable[..., Subscriber], run_relay: RunRelay
+    example: str, engine: sa.Engine, channel: str, subscribe: Callable[..., Subscriber], run_relay: RunRelay
 ) -> None:
-    documented = json.loads(WIRE["publication"].code)
+    documented = json.loads(WIRE[example].code)
     tags = documented["tags"]
     subscriber = subscribe(channel)
     with engine.begin() as connection:
@@ -210,9 +212,10 @@ def test_the_publication_is_what_a_subscriber_gets(
                 version=int(tags["ob_version"]),
                 channels=channel,
                 payload=documented["data"],
-                kind=tags["ob_kind"],
+                kind="snapshot",
                 event_id=uuid.UUID(tags["ob_event"]),
-                base_version=int(tags["ob_base"]),
+                base_version=int(tags.get("ob_base", 0)),
+                expires_at=datetime.now(UTC) if example == "gap" else None,
                 tags={key: value for key, value in tags.items() if not key.startswith("ob")},
             )
         )
@@ -235,9 +238,14 @@ def test_the_documented_subscriber_never_goes_backwards(
         ("3", 9, "change", "null"),
         ("3", 10, "change", '"last"'),
         ("1", 3, "change", '"later still"'),
+        ("1", 4, "gap", '"shown already"'),
+        ("4", 1, "gap", '"never sent"'),
     ]
 
+    loads: list[int] = []
+
     async def load() -> dict[tuple[str, str], tuple[int, str]]:
+        loads.append(1)
         return {("orders", "1"): (3, "loaded"), ("orders", "2"): (3, "loaded")}
 
     async def watch() -> Any:
@@ -249,12 +257,13 @@ def test_the_documented_subscriber_never_goes_backwards(
         await asyncio.to_thread(wait_until, lambda: screen.versions, "the state is loaded")
         for row in orders:
             connect().execute(
-                "INSERT INTO outbox (aggregate_type, aggregate_id, version, kind, channels, payload)"
-                " VALUES ('orders', %s, %s, %s::text::outbox_kind, %s, %s::json)",
-                (*row[:3], [channel], row[3]),
+                "INSERT INTO outbox (aggregate_type, aggregate_id, version, kind, channels, payload, expires_at)"
+                " VALUES ('orders', %s, %s, %s::text::outbox_kind, %s, %s::json, CASE WHEN %s THEN now() END)",
+                (*row[:2], "change" if row[2] == "gap" else row[2], [channel], row[3], row[2] == "gap"),
             )
         await asyncio.to_thread(run_relay)
         await asyncio.to_thread(wait_until, lambda: screen.shown.get(("orders", "3")) == "last", "the last arrives")
+        await asyncio.to_thread(wait_until, lambda: len(loads) == 2, "the gap has it load again")
         await client.disconnect()
         if closing := asyncio.all_tasks() - {asyncio.current_task()}:
             await asyncio.wait(closing, timeout=PATIENCE)  # the client closes its socket behind our back
@@ -293,7 +302,7 @@ def test_every_state_and_kind_is_explained() -> None:
 
 def test_examples_are_marked_alike() -> None:
     assert all(isinstance(example, Example) for example in WIRE.values())
-    assert WIRE.keys() == {"publication", "batch", "subscriber"}
+    assert WIRE.keys() == {"publication", "gap", "batch", "subscriber"}
 
 
 if __name__ == "__main__":
