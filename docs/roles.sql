@@ -33,13 +33,13 @@ ALTER SEQUENCE :"schema".outbox_generation OWNER TO :"owner";
 REVOKE ALL ON :"schema".outbox, :"schema".outbox_lane, :"schema".outbox_hold, :"schema".outbox_epoch FROM PUBLIC;
 REVOKE ALL ON FUNCTION :"schema".outbox_epoch() FROM PUBLIC;
 
--- What the relay fills in (id, state, accepted, settled_at, error, created_at) is not the writer's to set.
+-- What the relay fills in (id, state, ending, accepted, settled_at, error, created_at) is not the writer's to set.
 GRANT INSERT (event_id, aggregate_type, aggregate_id, version, kind, channels, payload, tags, expires_at, traceparent,
               base_version)
     ON :"schema".outbox TO :"writer";
 GRANT EXECUTE ON FUNCTION :"schema".outbox_epoch() TO :"writer", :"relay";
 
-GRANT SELECT, DELETE, UPDATE (state, accepted, settled_at, error, replay) ON :"schema".outbox TO :"relay";
+GRANT SELECT, DELETE, UPDATE (state, ending, accepted, settled_at, error, replay) ON :"schema".outbox TO :"relay";
 GRANT SELECT, UPDATE ON :"schema".outbox_lane TO :"relay";
 GRANT SELECT, INSERT, UPDATE, DELETE ON :"schema".outbox_hold TO :"relay";
 -- For `outbox-relay epoch`; the relay itself asks the function.

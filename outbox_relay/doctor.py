@@ -16,7 +16,7 @@ from outbox_relay.database import DatabaseUnavailableError, connect
 from outbox_relay.outbox import LANES
 
 OLDEST_POSTGRESQL: Final = 14
-_UPDATED: Final = "state, accepted, settled_at, error, replay"
+_UPDATED: Final = "state, ending, accepted, settled_at, error, replay"
 _GRANTS: Final = {
     "outbox": ("SELECT", f"UPDATE ({_UPDATED})", "DELETE"),
     "outbox_lane": ("SELECT", "UPDATE"),

@@ -265,7 +265,11 @@ def test_check_finds_missing_grants(
         as_role = sa.make_url(database_url).update_query_dict({"options": f"-crole={role}"})
         url = as_role.render_as_string(hide_password=False)
         [finding] = problems(cli("check", "--json", **good | {"database_url": url}))
-        columns = " (state, accepted, settled_at, error, replay)" if (table, privilege) == ("outbox", "UPDATE") else ""
+        columns = (
+            " (state, ending, accepted, settled_at, error, replay)"
+            if (table, privilege) == ("outbox", "UPDATE")
+            else ""
+        )
         assert finding["what"] == f"{table}: no {privilege}{columns}"
         assert finding["advice"].startswith(f"GRANT {privilege}{columns} ON ")
     finally:

@@ -37,7 +37,7 @@ def add(
     channels: str | Sequence[str],
     *,
     name: str = "1",
-    expires: str = "infinity",
+    expires: str | None = None,
     age: str = "0",
     payload: str = '{"n":1}',
     tags: str | None = None,

@@ -109,6 +109,7 @@ FORBIDDEN_TO_WRITER = [
     "TRUNCATE outbox",
     insert_with("state", "'delivered'"),
     insert_with("created_at", "now()"),
+    insert_with("ending", "'dead'"),
     insert_with("accepted", "'{a}'"),
     insert_with("settled_at", "now()"),
     insert_with("error", "'x'"),
