@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from outbox_relay.direct import apublish, publish
     from outbox_relay.orm import (
         BulkChangeError,
         aenqueue_for,
@@ -35,26 +36,35 @@ __all__ = [
     "PayloadTooLargeError",
     "aenqueue_for",
     "aenqueue_objects",
+    "apublish",
     "enqueue",
     "enqueue_all",
     "enqueue_for",
     "enqueue_objects",
     "epoch",
     "metadata",
+    "publish",
     "publishes",
     "tables",
 ]
 
-
-_ORM = {"BulkChangeError", "aenqueue_for", "aenqueue_objects", "enqueue_for", "enqueue_objects", "publishes"}
+_ROOMS = {
+    "BulkChangeError": "orm",
+    "aenqueue_for": "orm",
+    "aenqueue_objects": "orm",
+    "apublish": "direct",
+    "enqueue_for": "orm",
+    "enqueue_objects": "orm",
+    "publish": "direct",
+    "publishes": "orm",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Load on first use: the relay shares this package and has no use for SQLAlchemy's 30 MB."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    room = "orm" if name in _ORM else "outbox"
-    return getattr(import_module(f"{__name__}.{room}"), name)
+    return getattr(import_module(f"{__name__}.{_ROOMS.get(name, 'outbox')}"), name)
 
 
 def __dir__() -> list[str]:

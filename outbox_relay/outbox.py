@@ -146,7 +146,7 @@ class Outbox:
             traceparent=traceparent,
             base_version=base_version,
         )
-        return sa.insert(self._table).values(_row(event, self.max_payload))
+        return sa.insert(self._table).values(checked(event, self.max_payload))
 
     def enqueue_all(self, events: Iterable[NewEvent]) -> sa.Insert:
         """Return one INSERT of 1 to 2,900 events, in their order. Raises as `enqueue` does."""
@@ -167,7 +167,7 @@ class Outbox:
             connection.execute(sa.insert(self._table), rows)
 
     def _rows(self, events: Iterable[NewEvent]) -> list[dict[str, Any]]:
-        rows = [_row(event, self.max_payload) for event in events]
+        rows = [checked(event, self.max_payload) for event in events]
         columns = {column for row in rows for column in row}
         defaults: dict[str, Any] = {"kind": "change"}
         for row in rows:
@@ -186,8 +186,11 @@ class Outbox:
         return sa.select(sa.Function("outbox_epoch", type_=sa.Text(), packagenames=self._packages))
 
 
-def _row(event: NewEvent, max_payload: int) -> dict[str, Any]:
-    """Check one event and return the columns that differ from the table's defaults."""
+def checked(event: NewEvent, max_payload: int) -> dict[str, Any]:
+    """Check one event and return the columns that differ from the table's defaults.
+
+    Raises `InvalidEventError` or `PayloadTooLargeError`.
+    """
     row: dict[str, Any] = {
         "aggregate_type": _name("aggregate_type", event.aggregate_type),
         "aggregate_id": _name("aggregate_id", _identifier(event.aggregate_id)),

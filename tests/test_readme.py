@@ -23,7 +23,7 @@ from playwright.sync_api import Browser, expect
 
 import alembic
 from alembic import command
-from outbox_relay import InvalidEventError, enqueue
+from outbox_relay import InvalidEventError, direct, enqueue
 from outbox_relay.embedded.centrifugo import DEFAULT_CONFIG, Centrifugo
 from outbox_relay.embedded.postgres import find_binaries
 from tests.conftest import Connect, RunRelay, StartRelay, sqlalchemy_engine
@@ -284,6 +284,31 @@ def test_a_version_of_the_databases_own(book: Book) -> None:
         ("stocks", 1, {"count": 1}),
         ("stocks", 2, {"count": 2}),
     ]
+
+
+def test_direct(
+    book: Book,
+    start_centrifugo: Callable[..., Centrifugo],
+    subscribe: Callable[..., Subscriber],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = start_centrifugo(
+        {
+            "channel": {
+                "namespaces": [
+                    {"name": "shop", "allow_subscribe_for_client": True, "allow_subscribe_for_anonymous": True}
+                ]
+            }
+        }
+    )
+    subscriber = subscribe("shop:order-1", server=server)
+    monkeypatch.setenv("OUTBOX_RELAY_CENTRIFUGO_URL", server.api_url)
+    monkeypatch.setenv("OUTBOX_RELAY_CENTRIFUGO_API_KEY", server.api_key)
+    direct.default.cache_clear()
+    book.run("direct")
+    direct.default().close()
+    direct.default.cache_clear()
+    assert [publication.aggregate for publication in subscriber.wait_for(1)] == [("typing", "ann")]
 
 
 def test_the_epoch_in_the_applications_state(book: Book) -> None:
