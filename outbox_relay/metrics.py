@@ -72,6 +72,7 @@ class Metrics(Collector):
         self._lock = threading.Lock()
         self._events: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
         self._requests: Counter[str] = Counter(dict.fromkeys(RESULTS, 0))
+        self._falls = 0
         self._batch_events = Histogram("batch_events", "Events settled by a batch that settled any.", EVENTS)
         self._request_events = Histogram("request_events", "Events in a request to Centrifugo.", EVENTS)
         self._request_seconds = Histogram("request_seconds", "Time that a request took.", REQUEST_SECONDS)
@@ -94,11 +95,18 @@ class Metrics(Collector):
             self._batch_events.add((len(delivered) + len(settlements),))
             self._lag.add(lags)
 
+    def falls(self, events: int) -> None:
+        with self._lock:
+            self._falls += events
+
     def collect(self) -> list[Metric]:
         with self._lock:
             return [
                 _counter("events", "Outcomes of events; each refusal is one.", "outcome", self._events),
                 _counter("requests", "Requests to Centrifugo; one without an answer failed.", "result", self._requests),
+                CounterMetricFamily(
+                    f"{PREFIX}version_falls", "Events with a version below an earlier one's.", value=self._falls
+                ),
                 self._batch_events.family(),
                 self._request_events.family(),
                 self._request_seconds.family(),

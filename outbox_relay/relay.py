@@ -39,6 +39,7 @@ from outbox_relay.outcome import (
 from outbox_relay.policy import end, plan
 from outbox_relay.store import Batch, Clock, Store
 from outbox_relay.upkeep import Chores
+from outbox_relay.versions import Versions
 
 log = get_logger()
 
@@ -114,6 +115,9 @@ class Observer(Protocol):
     def batch(self, delivered: Sequence[Event], settlements: Sequence[Settlement], now: float) -> None:
         """One committed batch. `now` is on the database's clock, as the events' `created_at`."""
 
+    def falls(self, events: int) -> None:
+        """So many delivered events had a version below that of an earlier one of their aggregate."""
+
 
 class Unobserved:
     """Nobody counts."""
@@ -122,6 +126,9 @@ class Unobserved:
         """Do nothing."""
 
     def batch(self, delivered: Sequence[Event], settlements: Sequence[Settlement], now: float) -> None:
+        """Do nothing."""
+
+    def falls(self, events: int) -> None:
         """Do nothing."""
 
 
@@ -243,6 +250,7 @@ class Worker:
                 self._store.settle([event.id for event in sent.delivered], settlements, batch.holds)
         self._untried = False
         self._shared.observer.batch(sent.delivered, settlements, claim.clock.now())
+        self._shared.watch_versions(sent.delivered)
         _log_outcomes(len(sent.delivered), settlements)
         return bool(sent.delivered or settlements or batch.parked or outage)
 
@@ -372,6 +380,7 @@ class Shared:
     observer: Observer = field(default_factory=Unobserved)
     stopping: threading.Event = field(default_factory=threading.Event)
     suspects: Suspects = field(default_factory=Suspects)
+    versions: Versions = field(default_factory=Versions)
     accepted_at: dict[str, float] = field(default_factory=dict)
     """By namespace: when the last request was sent in which it accepted something."""
     progress: list[Progress] = field(default_factory=list)
@@ -389,6 +398,23 @@ class Shared:
         """Note a request that failed whole, and say whether its only event is to blame."""
         with self._lock:
             return self.suspects.failed(events, clock.now(), max(self.accepted_at.values(), default=0.0))
+
+    def watch_versions(self, delivered: Sequence[Event]) -> None:
+        """Say which delivered events break the writers' contract: subscribers that compare versions drop them."""
+        with self._lock:
+            falls = self.versions.falls(delivered)
+        if falls:
+            self.observer.falls(len(falls))
+            event, version_before = falls[0]
+            log.warning(
+                "version went down: subscribers ignore the event",
+                events=len(falls),
+                event_id=event.id,
+                aggregate_type=event.aggregate_type,
+                aggregate_id=event.aggregate_id,
+                version=event.version,
+                version_before=version_before,
+            )
 
 
 class Relay:

@@ -1,0 +1,96 @@
+"""Versions that go down: noticed, counted and logged, and delivered all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from outbox_relay.centrifugo import Centrifugo as Publisher
+from outbox_relay.embedded.centrifugo import Centrifugo
+from outbox_relay.metrics import Metrics
+from outbox_relay.outcome import Event
+from outbox_relay.relay import Options, Relay
+from outbox_relay.store import Store
+from outbox_relay.versions import Versions
+from tests.conftest import Connect, StartRelay
+from tests.support.relays import drain
+from tests.support.subscriber import Subscriber
+from tests.support.writing import states, write
+
+Subscribe = Callable[..., Subscriber]
+
+
+def event(id_: int, name: str, version: int, epoch: str = "e") -> Event:
+    return Event(
+        id=id_,
+        event_id="",
+        aggregate_type="order",
+        aggregate_id=name,
+        lane=0,
+        version=version,
+        kind="change",
+        channels=["plain:a"],
+        payload="{}",
+        tags=None,
+        accepted=None,
+        created_at=0.0,
+        epoch=epoch,
+    )
+
+
+def test_what_is_a_fall() -> None:
+    """A version below that of an earlier event of the same object, in one batch or in another. What rises, stays, or
+    was sent again is none, and another epoch begins anew."""
+    versions = Versions()
+    assert versions.falls([event(1, "a", 5), event(2, "b", 3), event(3, "a", 5), event(4, "a", 6)]) == []
+    fallen = event(5, "a", 1)
+    assert versions.falls([fallen, event(6, "a", 2)]) == [(fallen, 6)]
+    assert versions.falls([event(4, "a", 6), event(1, "a", 5)]) == []
+    again = event(7, "b", 1)
+    assert versions.falls([again]) == [(again, 3)]
+    assert versions.falls([event(1, "a", 1, "f"), event(2, "b", 1, "f")]) == []
+
+
+def test_memory_is_bounded() -> None:
+    """What is forgotten is not noticed; the newest objects are remembered."""
+    versions = Versions(limit=100)
+    assert versions.falls(event(n, str(n), 9) for n in range(1, 1_001)) == []
+    assert [
+        fall.event.aggregate_id for fall in versions.falls(event(n + 1_000, str(n), 1) for n in (1, 901, 1_000))
+    ] == ["901", "1000"]
+
+
+def test_a_fall_is_counted_logged_and_delivered(
+    connect: Connect, start_relay: StartRelay, subscribe: Subscribe, channel: str
+) -> None:
+    """Once per event, with the object's name in the log; the subscriber gets it."""
+    subscriber = subscribe(channel)
+    relay = start_relay()
+    for version in (8, 1, 2):
+        write(connect(), "7", version, channel)
+    assert [publication.version for publication in subscriber.wait_for(3)] == [8, 1, 2]
+    relay.wait_for("version went down: subscribers ignore the event")
+    [line] = [line for line in relay.log if line["event"].startswith("version went down")]
+    assert (line["aggregate_type"], line["aggregate_id"], line["version"], line["version_before"]) == (
+        "order",
+        "7",
+        1,
+        8,
+    )
+    assert line["events"] == 1
+
+
+def test_a_fall_is_in_the_metrics(connect: Connect, database_url: str, centrifugo: Centrifugo, channel: str) -> None:
+    metrics = Metrics()
+    for name, version in (("a", 2), ("a", 1), ("b", 1), ("b", 2), ("c", 3), ("c", 1)):
+        write(connect(), name, version, channel)
+    drain(
+        Relay(
+            lambda: Store(database_url),
+            lambda: Publisher(centrifugo.api_url, centrifugo.api_key),
+            Options(workers=1),
+            metrics,
+        )
+    )
+    assert states(connect()) == {"delivered": 6}
+    [falls] = [family for family in metrics.collect() if family.name == "outbox_relay_version_falls"]
+    assert [sample.value for sample in falls.samples] == [2]
