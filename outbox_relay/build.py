@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import partial
@@ -71,7 +72,7 @@ def build_publisher(settings: Settings) -> Centrifugo:
     """Raises `ConfigError`; connects when it publishes."""
     config.need(settings, "centrifugo_url", "centrifugo_api_key")
     key = settings.centrifugo_api_key.get_secret_value() if settings.centrifugo_api_key else ""
-    if not (key.isascii() and key.isprintable()):
+    if not _fits_a_header(key):
         raise ConfigError("centrifugo_api_key: no HTTP header can hold it, give printable ASCII characters")
     try:
         return Centrifugo(
@@ -79,9 +80,32 @@ def build_publisher(settings: Settings) -> Centrifugo:
             key,
             timeout=settings.request_timeout,
             parallel=None if settings.parallel == "auto" else settings.parallel,
+            verify=_authorities(settings),
+            new_key=partial(_new_key, settings),
         )
     except ValueError as error:
         raise ConfigError(f"centrifugo_url: {error}") from None
+
+
+def _fits_a_header(key: str) -> bool:
+    return key.isascii() and key.isprintable()
+
+
+def _new_key(settings: Settings) -> str | None:
+    key = config.api_key_now(settings)
+    return key if key is not None and _fits_a_header(key) else None
+
+
+def _authorities(settings: Settings) -> ssl.SSLContext | bool:
+    """Who may sign Centrifugo's certificate."""
+    if settings.centrifugo_ca_file is None:
+        return True
+    try:
+        return ssl.create_default_context(cafile=settings.centrifugo_ca_file)
+    except ssl.SSLError:
+        raise ConfigError("centrifugo_ca_file: it holds no certificates in PEM form") from None
+    except OSError as error:
+        raise ConfigError(f"centrifugo_ca_file: it cannot be read: {error.strerror}") from None
 
 
 def options(settings: Settings) -> Options:

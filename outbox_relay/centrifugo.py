@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import ssl
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from itertools import accumulate
 from typing import Any, Final
@@ -16,10 +16,12 @@ from typing import Any, Final
 import httpx
 import orjson
 
-from outbox_relay.log import MASK, printable
+from outbox_relay.log import MASK, get_logger, printable
 from outbox_relay.outcome import ACCEPTED, Event, Outage, Refusal, Reply, boottime
 from outbox_relay.pace import Pace
 from outbox_relay.transport import Deadline, DeadlineTransport
+
+log = get_logger()
 
 WIRE_VERSION: Final = "1"
 MAX_DEPTH: Final = 9_990
@@ -37,7 +39,7 @@ class Centrifugo:
 
     `url` may end with or without `/api`. `timeout` is for the whole of a request: connecting, sending and
     reading the last byte; in seconds. `parallel` lets Centrifugo publish a request's events side by side; None finds
-    out what is faster.
+    out what is faster. `new_key` is asked when Centrifugo refuses the key: the one to use from now on, or None.
     """
 
     def __init__(
@@ -48,9 +50,11 @@ class Centrifugo:
         timeout: float = 3.0,
         parallel: bool | None = None,
         verify: ssl.SSLContext | bool = True,
+        new_key: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.timeout = timeout
         self._key = api_key
+        self._new_key = new_key
         self._pace = Pace(parallel)
         self._api = api_url(url)
         self._deadline = Deadline()
@@ -111,17 +115,19 @@ class Centrifugo:
 
     def _batch(self, body: bytes, commands: int, deadline: float | None) -> list[Any] | Outage:
         self._deadline.at = boottime() + self.timeout if deadline is None else deadline
+        limit = _REPLY_FLOOR + commands * _REPLY_BYTES_PER_COMMAND
         try:
-            with self._client.stream("POST", f"{self._api}/batch", content=body) as response:
-                if response.status_code != 200:
-                    return _status_outage(response)
-                content = _read(response, _REPLY_FLOOR + commands * _REPLY_BYTES_PER_COMMAND)
+            response, content = self._post(body, limit)
+            if response.status_code == 401 and self._renew_key():
+                response, content = self._post(body, limit)
         except httpx.TimeoutException as error:
             return Outage(f"no answer within {self.timeout:g} s ({type(error).__name__})")
         except httpx.ConnectError as error:
             return Outage(self._describe(error))
         except httpx.HTTPError as error:
             return Outage(self._describe(error), verdict=_CUT)
+        if response.status_code != 200:
+            return _status_outage(response)
         if content is None:
             return Outage("the reply is larger than any reply of Centrifugo's", verdict=200)
         try:
@@ -134,6 +140,20 @@ class Centrifugo:
         if len(replies) != commands:
             return Outage(f"{len(replies)} replies to {commands} commands", verdict=200)
         return replies
+
+    def _post(self, body: bytes, limit: int) -> tuple[httpx.Response, bytes | None]:
+        """The response and, where it is a 200 of at most `limit` bytes, its content."""
+        with self._client.stream("POST", f"{self._api}/batch", content=body) as response:
+            return response, _read(response, limit) if response.status_code == 200 else None
+
+    def _renew_key(self) -> bool:
+        """Whether there is another key than the one that was refused; it is used from now on."""
+        key = self._new_key()
+        if key is None or key == self._key:
+            return False
+        log.info("Centrifugo refuses the API key: its file has another one, which is used from now on")
+        self._key = self._client.headers["X-API-Key"] = key
+        return True
 
     def _reply(self, event: Event, reply: Any) -> Reply:
         """The answer for an event that was not plainly accepted on its only channel. Raises where it is no answer."""

@@ -558,6 +558,8 @@ _EXAMPLES: Final[Mapping[str, object]] = {
     "database_url": "postgresql://relay:password@127.0.0.1:5432/shop",
     "centrifugo_url": "http://127.0.0.1:8000/api",
     "centrifugo_api_key": "the key",
+    "centrifugo_api_key_file": "/run/secrets/centrifugo",
+    "centrifugo_ca_file": "/etc/ssl/own-authority.pem",
     "metrics_port": 9109,
 }
 

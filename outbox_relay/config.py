@@ -58,6 +58,12 @@ class Settings:
     database_url: Annotated[SecretStr | None, Doc("PostgreSQL URL: postgresql://user:password@host/database")] = None
     centrifugo_url: Annotated[str | None, Doc("Centrifugo's server API, with or without /api")] = None
     centrifugo_api_key: Annotated[SecretStr | None, Doc("Centrifugo's http_api.key")] = None
+    centrifugo_api_key_file: Annotated[
+        str | None, Doc("file that holds the key instead; read again whenever Centrifugo refuses the key")
+    ] = None
+    centrifugo_ca_file: Annotated[
+        str | None, Doc("PEM file of who may sign Centrifugo's certificate, in place of the public authorities")
+    ] = None
     schema: Annotated[str, Field(min_length=1, max_length=63), Doc("schema that holds the outbox")] = "public"
     workers: Annotated[int, Field(ge=1, le=64), Doc("threads, each with its own database session")] = 2
     parallel: Annotated[
@@ -107,7 +113,9 @@ class Settings:
 
 
 SECRETS: Final = ("database_url", "centrifugo_api_key")
-_FILES: Final = (*SECRETS, "centrifugo_url")
+_FILES: Final = ("database_url", "centrifugo_url")
+_KEY, _KEY_FILE = "centrifugo_api_key", "centrifugo_api_key_file"
+_RANKS: Final = ("default", "file", "environment", "flag")
 _PASSWORD: Final = re.compile(r"password\s*=\s*(?:'((?:[^'\\]|\\.)*)'|([^\s&]+))")
 _ADAPTER: Final = TypeAdapter(Settings)
 
@@ -137,7 +145,18 @@ def load_with_sources(
         if flags.get(setting.name) is not None:
             values[setting.name] = flags[setting.name]
             sources[setting.name] = "flag"
+    _choose_key(values, sources)
     return _validated(values), sources
+
+
+def api_key_now(settings: Settings) -> str | None:
+    """The API key as its file has it by now. None where it is in no file, or the file cannot be read."""
+    if settings.centrifugo_api_key_file is None:
+        return None
+    try:
+        return _secret_file(_KEY_FILE, settings.centrifugo_api_key_file)
+    except ConfigError:
+        return None
 
 
 def docs(of: type[Settings | TypeSettings]) -> dict[str, str]:
@@ -147,6 +166,22 @@ def docs(of: type[Settings | TypeSettings]) -> dict[str, str]:
         setting.name: next(doc.text for doc in hints[setting.name].__metadata__ if isinstance(doc, Doc))
         for setting in fields(of)
     }
+
+
+def _choose_key(values: dict[str, Any], sources: dict[str, str]) -> None:
+    """Read the API key from its file, unless the key itself comes from a place of a higher rank."""
+    if not isinstance(values.get(_KEY_FILE), str):
+        return
+    key, file = (_RANKS.index(sources[name].partition(" ")[0]) for name in (_KEY, _KEY_FILE))
+    named = PREFIX + _KEY_FILE.upper() if sources[_KEY_FILE].startswith("environment") else _KEY_FILE
+    if key == file:
+        raise ConfigError(f"both {named[: -len('_FILE')]} and {named} are set: keep one of them")
+    if key > file:
+        del values[_KEY_FILE]
+        sources[_KEY_FILE] = "default"
+    else:
+        values[_KEY] = _secret_file(named, values[_KEY_FILE])
+        sources[_KEY] = sources[_KEY_FILE]
 
 
 def _validated(values: Mapping[str, Any]) -> Settings:

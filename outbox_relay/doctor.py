@@ -11,12 +11,14 @@ from psycopg import sql
 
 from outbox_relay import migrations
 from outbox_relay.build import build_publisher
+from outbox_relay.centrifugo import api_url
 from outbox_relay.config import Settings
 from outbox_relay.database import DatabaseUnavailableError, connect
 from outbox_relay.outbox import LANES
 
 OLDEST_POSTGRESQL: Final = 14
 _UPDATED: Final = "state, ending, accepted, settled_at, error, replay"
+_LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 _GRANTS: Final = {
     "outbox": ("SELECT", f"UPDATE ({_UPDATED})", "DELETE"),
     "outbox_lane": ("SELECT", "UPDATE"),
@@ -28,7 +30,7 @@ _GRANTS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing looked at, and what to do about it if it is not well."""
+    """One thing looked at, and what to do about it if it is not well, or could be better."""
 
     ok: bool
     what: str
@@ -59,8 +61,25 @@ def _database(settings: Settings) -> Iterator[Finding]:
         return
     with connection, connection.transaction():
         connection.execute("SET LOCAL search_path = pg_catalog")
+        info = connection.info
+        yield privacy(
+            info.host, encrypted=connection.pgconn.ssl_in_use, mode=info.get_parameters().get("sslmode", "prefer")
+        )
         yield from _server(connection)
         yield from _schema(connection, settings)
+
+
+def privacy(host: str, *, encrypted: bool, mode: str) -> Finding:
+    """Who can read or change what goes between us and PostgreSQL on `host`; `mode` is libpq's sslmode."""
+    if encrypted and mode == "verify-full":
+        return Finding(True, "TLS, and the certificate is for this host")
+    if not encrypted and (host.startswith("/") or host in _LOOPBACK):
+        return Finding(True, "PostgreSQL is on this host: no TLS")
+    advice = "add sslmode=verify-full and sslrootcert=FILE to the database URL, unless the network between is trusted"
+    what = (
+        f"TLS, but whose certificate it is goes unexamined: sslmode is {mode}" if encrypted else "no TLS to PostgreSQL"
+    )
+    return Finding(True, what, advice)
 
 
 def _server(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
@@ -146,6 +165,10 @@ def _centrifugo(settings: Settings) -> Iterator[Finding]:
     publisher = build_publisher(settings)
     outage = publisher.probe()
     publisher.close()
+    url = api_url(settings.centrifugo_url or "")
+    if url.scheme == "http" and url.host not in _LOOPBACK:
+        advice = "use https://, unless the network between is trusted"
+        yield Finding(True, "the API key goes to Centrifugo without TLS", advice)
     if outage is None:
         yield Finding(True, "Centrifugo answers and takes the API key")
     else:

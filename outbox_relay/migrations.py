@@ -227,7 +227,7 @@ CREATE TRIGGER outbox_written
 CREATE SEQUENCE {schema}.outbox_generation;
 
 CREATE FUNCTION {schema}.outbox_put_back() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
-    SET search_path = pg_catalog AS $$
+    SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     PERFORM nextval((quote_ident(TG_TABLE_SCHEMA) || '.outbox_generation')::regclass);
     RETURN NULL;

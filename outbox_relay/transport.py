@@ -82,9 +82,9 @@ class DeadlineTransport(httpx.BaseTransport):
                 return self._connection
             self.close()
         with _errors(httpx.ConnectTimeout, httpx.ConnectError):
-            host = url.raw_host.decode()
-            secure = url.scheme == "https"
-            plain = socket.create_connection((host, url.port or (443 if secure else 80)), self._deadline.left())
+            host, secure = url.raw_host.decode(), url.scheme == "https"
+            port = url.port or (443 if secure else 80)
+            plain = socket.create_connection((host, port), self._deadline.left())
             try:
                 plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 plain.settimeout(self._deadline.left())
@@ -92,7 +92,7 @@ class DeadlineTransport(httpx.BaseTransport):
             except BaseException:
                 plain.close()
                 raise
-        connection = http.client.HTTPConnection(host)
+        connection = http.client.HTTPConnection(host, port)
         connection.sock = _Socket(wrapped, self._deadline)
         self._connection = connection
         return connection

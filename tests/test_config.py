@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from outbox_relay.config import ConfigError, load, need
+from outbox_relay.config import ConfigError, api_key_now, load, load_with_sources, need
 
 CANARY = "c4nary"
 
@@ -41,6 +41,39 @@ def test_secrets_may_be_in_files(tmp_path: Path, name: str) -> None:
     assert (value if isinstance(value, str) else value.get_secret_value()) == "http://value"
 
 
+@pytest.mark.parametrize(
+    ("environ", "toml", "key", "source", "reads"),
+    [
+        ({}, "centrifugo_api_key_file = 'key'", "from the file", "file", True),
+        ({"API_KEY_FILE": "key"}, "centrifugo_api_key = 'in toml'", "from the file", "environment", True),
+        ({"API_KEY": "given"}, "centrifugo_api_key_file = 'no such file'", "given", "environment", False),
+    ],
+    ids=["in TOML", "a file of the environment", "a key of the environment"],
+)
+def test_the_api_key_and_its_file(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environ: dict[str, str],
+    toml: str,
+    key: str,
+    source: str,
+    reads: bool,
+) -> None:
+    """Of a key and a file that holds it the one from the higher place counts; only from a file is it read again."""
+    monkeypatch.chdir(tmp_path)
+    Path("key").write_text("from the file\n")
+    Path("outbox-relay.toml").write_text(toml)
+    variables = {f"OUTBOX_RELAY_CENTRIFUGO_{name}": value for name, value in environ.items()}
+    settings, sources = load_with_sources({}, environ=variables)
+    assert settings.centrifugo_api_key is not None
+    assert settings.centrifugo_api_key.get_secret_value() == key
+    assert sources["centrifugo_api_key"].startswith(source)
+    Path("key").write_text("another")
+    assert api_key_now(settings) == ("another" if reads else None)
+    Path("key").unlink()
+    assert api_key_now(settings) is None
+
+
 def test_an_empty_variable_is_no_value() -> None:
     """As a template leaves it that had nothing to put there."""
     assert load({}, environ={"OUTBOX_RELAY_WORKERS": "", "OUTBOX_RELAY_DATABASE_URL_FILE": ""}).workers == 2
@@ -70,6 +103,17 @@ WRONG: dict[str, tuple[dict[str, str], str, str]] = {
         "",
         "^both OUTBOX_RELAY_DATABASE_URL and OUTBOX_RELAY_DATABASE_URL_FILE are set",
     ),
+    "a file and a key, both in the environment": (
+        {"CENTRIFUGO_API_KEY": CANARY, "CENTRIFUGO_API_KEY_FILE": "x"},
+        "",
+        "^both OUTBOX_RELAY_CENTRIFUGO_API_KEY and OUTBOX_RELAY_CENTRIFUGO_API_KEY_FILE are set",
+    ),
+    "a file and a key, both in the settings file": (
+        {},
+        f'centrifugo_api_key = "{CANARY}"\ncentrifugo_api_key_file = "x"',
+        "^both centrifugo_api_key and centrifugo_api_key_file are set",
+    ),
+    "a key file of a wrong type": ({}, "centrifugo_api_key_file = 3", "^centrifugo_api_key_file .*string"),
     "no such secret file": (
         {"CENTRIFUGO_API_KEY_FILE": "/does/not/exist"},
         "",

@@ -5,11 +5,8 @@ The tables are the parameters: a row that is not true fails, and so does one tha
 
 from __future__ import annotations
 
-import json
 import re
-import signal
 import socket
-import ssl
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -19,11 +16,11 @@ from typing import NamedTuple
 import pytest
 
 from outbox_relay.centrifugo import Centrifugo as Publisher
-from outbox_relay.embedded._process import Process, on_free_ports
 from outbox_relay.embedded.centrifugo import DEFAULT_CONFIG, Centrifugo
 from outbox_relay.outcome import Policy
 from outbox_relay.relay import Options
 from tests.conftest import Connect
+from tests.support.authority import Certificate, centrifugo_with
 from tests.support.gateway import Command, Exchange, Fault, Gateway, drip, refuse
 from tests.support.oracle import violations
 from tests.support.stepping import Stepper
@@ -147,37 +144,9 @@ def an_unsigned_certificate(stage: Stage) -> Iterator[Publisher]:
 @contextmanager
 def tls_server(stage: Stage) -> Iterator[str]:
     """A Centrifugo whose only port speaks TLS, and its address."""
-    config, certificate = stage.folder / "config.json", str(Path(__file__).with_name("support") / "localhost.pem")
-    started: list[Process] = []
-
-    def launch(ports: list[int]) -> None:
-        server = {
-            "address": "127.0.0.1",
-            "port": ports[0],
-            "tls": {"enabled": True, "cert_pem": certificate, "key_pem": certificate},
-        }
-        config.write_text(json.dumps({"http_server": server, "http_api": {"key": "key", "external": True}}))
-        log = stage.folder / "log"
-        process = Process((stage.binary, "-c", config), log=log, cwd=stage.folder, env={})
-        started.append(process)
-        process.wait_until(lambda: speaks_tls(ports[0]), 20, "Centrifugo")
-
-    [port] = on_free_ports(1, launch)
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        for process in started:
-            process.stop(signal.SIGKILL, 10)
-
-
-def speaks_tls(port: int) -> bool:
-    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
-    try:
-        with socket.create_connection(("127.0.0.1", port), 1) as plain, trusting.wrap_socket(plain):
-            return True
-    except OSError:
-        return False
+    pem = Path(__file__).with_name("support") / "localhost.pem"
+    with centrifugo_with(Certificate(pem, pem), stage.binary, stage.folder) as address:
+        yield address
 
 
 def stand_in(fault: Fault) -> Provocation:
