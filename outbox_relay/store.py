@@ -374,7 +374,9 @@ class Store(Upkeep):
     def anything_to_do(self) -> bool:
         """Whether some event is pending or some hold is due: the question of an idle relay."""
         if not self.direct:
-            answer: bool | None = self.ask(_IDLE)[0]  # a batch's settings come with a transaction alone
+            answer: bool | None = self.ask(_IDLE, **self._hint.parameters)[
+                0
+            ]  # a batch's settings come with a transaction alone
             return answer is True
         try:
             self._hint.renew()

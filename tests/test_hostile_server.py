@@ -112,3 +112,11 @@ def test_many_small_objects_in_the_place_of_a_reply(gateway: Gateway) -> None:
     gateway.fault = lambda exchange: exchange.answer(200, b'{"replies":[' + b"[]," * 20_000 + b"[]]}")
     with closing(Publisher(gateway.url, "key")) as publisher:
         assert publisher.publish([EVENT]) == Outage("20001 replies to 1 commands", verdict=200)
+
+
+def test_an_address_with_colons(gateway: Gateway) -> None:
+    """An IPv6 address whose end is no port: here one that stands for 127.0.0.1."""
+    port = gateway.url.rpartition(":")[2]
+    gateway.fault = lambda exchange: exchange.answer(200, b'{"replies":[{"publish":{}}]}')
+    with closing(Publisher(f"http://[::ffff:127.0.0.1]:{port}", "key")) as publisher:
+        assert publisher.publish([EVENT]) == [Reply(())]
