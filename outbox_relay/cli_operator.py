@@ -1,4 +1,4 @@
-"""The operator's verbs on the command line: `events`, `dead`, `prune`, `epoch` and `config`."""
+"""The operator's verbs on the command line: `events`, `dead`, `prune`, `drift`, `epoch` and `config`."""
 
 from __future__ import annotations
 
@@ -64,6 +64,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(events_app, name="events")
     app.add_typer(dead_app, name="dead")
     app.command()(prune)
+    app.command()(drift)
     app.add_typer(epoch_app, name="epoch")
     app.add_typer(config_app, name="config")
 
@@ -259,6 +260,81 @@ def prune(  # noqa: PLR0917 - Typer's options are keywords
         print_json({"verb": "prune", "dry_run": dry_run, "events": events})
     else:
         typer.echo(_done("prune", events, dry_run=dry_run))
+
+
+# drift
+
+
+def drift(  # noqa: PLR0917 - Typer's options are keywords
+    table: Annotated[str, typer.Argument(help="The table with the objects: name or schema.name.")],
+    config: ConfigFile = None,
+    database_url: DatabaseUrl = None,
+    schema: Schema = None,
+    type_: Annotated[str | None, typer.Option("--type", help="Aggregate type. \\[default: the table's name]")] = None,
+    id_: Annotated[
+        list[str] | None, typer.Option("--id", help="Column of the id; several are joined by a colon. \\[default: id]")
+    ] = None,
+    version: Annotated[str, typer.Option("--version", help="Column of the version.")] = "version",
+    changed_at: Annotated[
+        str | None,
+        typer.Option("--changed-at", help="Column of the last change's time, to judge objects without events."),
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="Age up to which delivered events are there. \\[default: the setting]")
+    ] = None,
+    limit: Limit = 100,
+    as_json: AsJson = False,
+) -> None:
+    """Find objects whose last event does not say what they are: changed or deleted past the events.
+
+    Compares versions, in one snapshot, for as far back as events are kept. Needs SELECT on the table. Exit code 1 if
+    any object has drifted.
+    """
+    with settings_or_exit(config, database_url=database_url, schema=schema) as settings:
+        configuration.need(settings, "database_url")
+        from outbox_relay.database import DatabaseUnavailableError
+        from outbox_relay.drift import Source, find
+        from outbox_relay.operator import OperatorError
+
+        seconds = _seconds("--keep", keep)
+        source = Source(
+            table=table,
+            aggregate_type=type_ or table,
+            id_columns=id_ or ["id"],
+            version_column=version,
+            changed_at=changed_at,
+        )
+        url = settings.database_url.get_secret_value() if settings.database_url else ""
+        try:
+            report = find(
+                url,
+                source,
+                keep=settings.keep if seconds is None else seconds,
+                schema=settings.schema,
+                limit=limit,
+            )
+        except OperatorError as error:
+            fail(str(error), settings)
+        except DatabaseUnavailableError as error:
+            fail(f"the database says: {error}", settings)
+    if as_json:
+        drifts = [found._asdict() | {"why": found.why} for found in report.drifts]
+        print_json({"drifts": drifts, "unjudged": report.unjudged})
+    else:
+        rows = [
+            (found.aggregate_id, _text(found.object_version), _text(found.event_version), found.why)
+            for found in report.drifts
+        ]
+        if rows:
+            _print_table(("aggregate", "object", "last event", "why"), rows)
+        else:
+            typer.echo("no object has drifted")
+        if report.unjudged:
+            typer.echo(
+                f"objects without an event: {report.unjudged}; --changed-at says which should have one", err=True
+            )
+    if report.drifts:
+        raise typer.Exit(EXIT_PROBLEM)
 
 
 # epoch

@@ -311,6 +311,22 @@ def test_direct(
     assert [publication.aggregate for publication in subscriber.wait_for(1)] == [("typing", "ann")]
 
 
+def test_drift(book: Book) -> None:
+    with psycopg.connect(book.url) as connection:
+        connection.execute("ALTER TABLE orders ADD COLUMN updated_at timestamptz DEFAULT now()")
+        connection.execute("INSERT INTO orders (version, status) VALUES (1, 'forgotten')")
+    verb = shlex.split(EXAMPLES["drift"].code)
+    ended = subprocess.run(
+        [Path(sys.executable).parent / verb[0], *verb[1:]],
+        env={**os.environ, "OUTBOX_RELAY_DATABASE_URL": book.url},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert (ended.returncode, ended.stderr) == (1, "")
+    assert ended.stdout.splitlines()[1].split(None, 3) == ["2", "1", "-", "it was changed without an event"]
+
+
 def test_the_epoch_in_the_applications_state(book: Book) -> None:
     answers = []
     for _ in range(2):
