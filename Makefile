@@ -62,12 +62,17 @@ chaos: setup debian ## Strike the relay with every fault and judge it (MINUTES=2
 		$(if $(RECORD),--record) $(ARGS)
 
 .PHONY: check
-check: $(STAMP) ## Pins, formatter, linter, types, import contract
+check: $(STAMP) ## Pins, formatter, linter, types, import contract, licences
 	.venv/bin/uv pip check --python .venv/bin/python
 	.venv/bin/ruff format --check
 	.venv/bin/ruff check
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+	.venv/bin/python tools/licences.py
+
+.PHONY: audit
+audit: $(STAMP) ## Look for known vulnerabilities of what is pinned (3: their database cannot be reached)
+	@PATH=$$PWD/.venv/bin:$$PATH .venv/bin/python tools/audit.py requirements/dev.txt
 
 .PHONY: dist
 dist: setup ## Build wheel and sdist, and try the wheel in an empty environment
