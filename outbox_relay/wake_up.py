@@ -7,6 +7,7 @@ more after the commit, or it is told. One relay of a database sleeps like that; 
 
 from __future__ import annotations
 
+import select
 from typing import Any, Final
 
 import psycopg
@@ -30,6 +31,7 @@ class WakeUp:
         self._fall_asleep = f"SELECT {alone}({key}), {shared}({key})".encode()
         self._unlock = f"; SELECT pg_catalog.pg_advisory_unlock({key})"
         self._listens = False
+        self._told = False
         self._asleep = False
         self._try_at = 0.0
 
@@ -44,15 +46,32 @@ class WakeUp:
             return None
         try:
             if not self._listens:
+                # Not `notifies()`, which keeps all that come while nobody sleeps: anybody may send any number.
+                self._connection.add_notify_handler(self._note)
                 self._connection.execute("LISTEN outbox_relay", prepare=False)
                 self._listens = True
             if self._asleep:
-                return any(True for _ in self._connection.notifies(timeout=seconds, stop_after=1))
+                return self._wait(seconds)
+            self._told = False
             self._asleep, only_writers = self._connection.execute(self._fall_asleep).fetchall()[0]
             self._try_at = 0.0 if self._asleep or only_writers else boottime() + TRY_AGAIN
         except psycopg.Error as error:
             raise DatabaseUnavailableError(one_line(error)) from error
         return False if self._asleep else None
+
+    def _note(self, _: object) -> None:
+        self._told = True
+
+    def _wait(self, seconds: float) -> bool:
+        """Whether a notification has come since the last time, or comes within `seconds`."""
+        link = self._connection.pgconn
+        if not self._told:
+            select.select([link.socket], [], [], seconds)
+            link.consume_input()
+            while link.notifies():
+                self._told = True
+        told, self._told = self._told, False
+        return told
 
     def get_up(self) -> str:
         """What ends the sleep, to be added to a statement: while there is work, writers are spared the NOTIFY."""

@@ -8,6 +8,7 @@ from contextlib import closing
 import psycopg
 import pytest
 
+from outbox_relay.database import DatabaseUnavailableError
 from outbox_relay.store import Store
 from tests.conftest import Connect, StartRelay
 from tests.support.subscriber import Subscriber
@@ -80,6 +81,26 @@ def test_one_relay_sleeps_and_the_next_one_follows_it(store: Store, database_url
         assert asleep(other)
         assert not asleep(store)
     wait_until(lambda: asleep(store), "the lock of the session that has ended is free")
+
+
+def test_notifications_that_nobody_waits_for_are_not_kept(store: Store, connect: Connect, database_url: str) -> None:
+    """Anybody may send any number. One who sleeps afterwards is not woken once for each of them."""
+    assert store.wake_up is not None
+    with closing(Store(database_url)) as other:
+        assert asleep(other)
+        assert not asleep(store)  # but it listens by now
+        connect().execute("SELECT pg_notify('outbox_relay', repeat('x', 7000) || n) FROM generate_series(1, 100) AS n")
+        assert not store.anything_to_do()
+    wait_until(lambda: asleep(store), "the lock of the session that has ended is free")
+    assert sum(store.wake_up.sleep(0.0) is True for _ in range(10)) <= 1
+
+
+def test_a_lost_connection_ends_the_sleep(store: Store, connect: Connect) -> None:
+    assert store.wake_up is not None
+    assert asleep(store)
+    connect().execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'outbox-relay'")
+    with pytest.raises(DatabaseUnavailableError):
+        wait_until(lambda: store.wake_up and store.wake_up.sleep(PATIENCE) is None, "the end is noticed")
 
 
 def test_writers_can_be_told_never_to_notify(store: Store, connect: Connect) -> None:
