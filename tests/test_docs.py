@@ -21,11 +21,11 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
 from outbox_relay import cli, config, enqueue, epoch
-from outbox_relay.centrifugo import encode_batch
 from outbox_relay.config import PREFIX, Doc, Settings, TypeSettings
 from outbox_relay.embedded.centrifugo import Centrifugo
 from outbox_relay.outbox import KINDS, STATES
 from outbox_relay.outcome import Event
+from outbox_relay.wire import encode_batch
 from tests.conftest import Connect, RunRelay
 from tests.support.subscriber import Subscriber, as_json
 from tests.support.waiting import PATIENCE, wait_until

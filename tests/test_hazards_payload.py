@@ -9,7 +9,8 @@ import psycopg
 import pytest
 
 from outbox_relay.embedded.centrifugo import DEFAULT_CONFIG, Centrifugo
-from outbox_relay.relay import Ended, Limits, Options
+from outbox_relay.packing import Limits
+from outbox_relay.relay import Ended, Options
 from tests.conftest import Connect, MakeRelay, RunRelay, StartRelay
 from tests.support.gateway import Gateway
 from tests.support.subscriber import Subscriber
