@@ -431,7 +431,8 @@ def test_init_overwrites_nothing_unless_it_is_told_to(cli: Cli, tmp_path: Path) 
 
 def test_show_says_where_each_value_comes_from(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "outbox-relay.toml").write_text(
-        'workers = 3\nschema = "a"\nkeep = 0\n[types.order]\nafter_dead = "wait"\n[namespaces.feed]\nbundle_events = 9\n'
+        'workers = 3\nschema = "a"\nkeep = 0\n[types.order]\nafter_dead = "wait"\n'
+        "[namespaces.feed]\nbundle_events = 9\n"
     )
     key = tmp_path / "key"
     key.write_text("k3y-of-centrifugo\n")
