@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import psycopg
@@ -32,6 +33,9 @@ from tests.support.waiting import in_background, wait_until
 from tests.support.writing import backend_waits
 
 Subscribe = Callable[..., Subscriber]
+
+
+LATER = datetime(2030, 1, 2, tzinfo=UTC)
 
 
 class Base(DeclarativeBase):
@@ -108,6 +112,7 @@ class Line(Base):
     channels="plain:notes",
     payload=lambda note: note.text,
     kind=lambda note: "tombstone" if note.gone else "snapshot",
+    expires_at=lambda _: LATER,
 )
 class Note(Base):
     """Kept and marked as deleted."""
@@ -289,7 +294,7 @@ def test_a_change_says_which_version_it_applies_to(shop: sa.Engine, connect: Con
 
 
 def test_a_kind_of_the_objects_own(shop: sa.Engine, connect: Connect) -> None:
-    """An object that is kept and marked as deleted has its tombstone, and goes on above it."""
+    """An object that is kept and marked as deleted has its tombstone, which does not expire, and goes on above it."""
     with Session(shop) as session:
         note = Note(text="a")
         session.add(note)
@@ -297,10 +302,10 @@ def test_a_kind_of_the_objects_own(shop: sa.Engine, connect: Connect) -> None:
         for gone in (True, False):
             note.gone = gone
             session.commit()
-    assert written(connect(), "payload") == [
-        ("notes", "1", 1, "snapshot", "a"),
-        ("notes", "1", 2, "tombstone", {}),
-        ("notes", "1", 3, "snapshot", "a"),
+    assert written(connect(), "payload, expires_at") == [
+        ("notes", "1", 1, "snapshot", "a", LATER),
+        ("notes", "1", 2, "tombstone", {}, None),
+        ("notes", "1", 3, "snapshot", "a", LATER),
     ]
 
 
