@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis import HealthCheck, given, settings
 
 from outbox_relay.client.replica import MEMORY, Load, Replica, State
 
 CASES = json.loads((Path(__file__).parent.parent / "clients" / "vectors.json").read_text())["cases"]
-
-KEYS = st.sampled_from("abcde")
 
 
 class Event(NamedTuple):
@@ -81,21 +78,20 @@ def test_vector(case: dict[str, Any]) -> None:
 # Any interleaving
 
 
-class World(RuleBasedStateMachine):
+class World:
     """A database with its outbox, a relay, a recoverable channel and a page; all that can happen, a step at a time.
 
     Judged by what the database had: no object is ever shown at an older version within an epoch, or with other data
     than the database had at that version; and once nothing fails any more, the page is what the database is.
     """
 
-    @initialize(reduces=st.booleans(), based=st.booleans(), memory=st.sampled_from([1, 3, 1000]), chance=st.randoms())
-    def start(self, reduces: bool, based: bool, memory: int, chance: random.Random) -> None:
+    def __init__(self, *, reduces: bool, based: bool, memory: int, seed: int) -> None:
         self.reduces, self.based = reduces, based
         self.now = 0.0
         self.epoch = 1
         self.rows: dict[str, dict[str, Any]] = {}
         self.versions: dict[str, int] = {}
-        self.backups: list[tuple[dict[str, Any], dict[str, int]]] = []
+        self.backups: list[tuple[dict[str, dict[str, Any]], dict[str, int]]] = []
         self.had: dict[tuple[str, str, int], dict[str, Any]] = {}
         self.outbox: list[Event] = []
         self.published: list[Event] = []
@@ -106,24 +102,34 @@ class World(RuleBasedStateMachine):
         self.read: dict[int, State] = {}
         self.highest: dict[tuple[str, str], int] = {}
         self.events = 0
-        self.replica = Replica(reduce=merge if reduces else None, memory=memory, chance=chance.random)
+        self.replica = Replica(reduce=merge if reduces else None, memory=memory, chance=random.Random(seed).random)
         self.ask(self.replica.wake(self.now))
 
     def ask(self, load: Load | None) -> None:
         if load is not None:
             self.asked.append(load)
 
-    @rule(key=KEYS, field=st.sampled_from("xyz"), value=st.integers(0, 9), deletes=st.booleans(), whole=st.booleans())
-    def write(self, key: str, field: str, value: int, deletes: bool, whole: bool) -> None:
+    def judge(self) -> None:
+        epoch = self.replica.epoch
+        for key, shown in self.replica.objects.items():
+            assert epoch is not None
+            assert shown.version >= self.highest.get((epoch, key), 0), f"{key} went back"
+            assert shown.data == self.had[epoch, key, shown.version], f"{key} never was that"
+            self.highest[epoch, key] = shown.version
+
+    # What can happen; chance decides the details.
+
+    def write(self, chance: random.Random) -> None:
+        key = chance.choice("abcde")
         row, version = self.rows.get(key), self.versions.get(key, 0) + 1
         self.versions[key] = version
-        kind = "snapshot" if whole or not self.reduces or row is None else "change"
-        change = {"version": version, field: value}
+        kind = "change" if self.reduces and row is not None and chance.random() < 0.7 else "snapshot"
         data: dict[str, Any] = {}
-        if row is not None and deletes:
+        if row is not None and chance.random() < 0.25:
             kind = "tombstone"
             del self.rows[key]
         else:
+            change = {"version": version, chance.choice("xyz"): chance.randrange(1000)}
             self.rows[key] = {"id": key, **(row or {}), **change}
             self.had[str(self.epoch), key, version] = self.rows[key]
             data = change if kind == "change" else self.rows[key]
@@ -134,115 +140,89 @@ class World(RuleBasedStateMachine):
             tags["ob_base"] = str(row["version"])
         self.outbox.append(Event(data, tags))
 
-    @rule()
-    def back_up(self) -> None:
+    def back_up(self, _chance: random.Random) -> None:
         self.backups.append((dict(self.rows), dict(self.versions)))
 
-    @precondition(lambda self: self.backups)
-    @rule(data=st.data())
-    def restore(self, data: st.DataObject) -> None:
-        rows, versions = data.draw(st.sampled_from(self.backups))
+    def restore(self, chance: random.Random) -> None:
+        if not self.backups:
+            return
+        rows, versions = chance.choice(self.backups)
         self.rows, self.versions, self.outbox = dict(rows), dict(versions), []
         self.epoch += 1
         for key, row in rows.items():
             self.had[str(self.epoch), key, row["version"]] = row
 
-    @precondition(lambda self: self.outbox)
-    @rule(count=st.integers(1, 4), bundles=st.booleans(), gap=st.integers(0, 9))
-    def relay(self, count: int, bundles: bool, gap: int) -> None:
+    def relay(self, chance: random.Random) -> None:
+        count = chance.randint(1, 4)
         taken, self.outbox = self.outbox[:count], self.outbox[count:]
         self.published += taken
-        told = [Event({}, {**e.tags, "ob_kind": "gap"}) if number == gap else e for number, e in enumerate(taken)]
-        if bundles:
+        told = [Event({}, {**e.tags, "ob_kind": "gap"}) if chance.random() < 0.1 else e for e in taken]
+        if len(told) > 1 and chance.random() < 0.3:
             items = [event._asdict() for event in told]
             told = [Event({"ob": items}, {"ob": "1", "ob_bundle": str(len(items))})]
         self.stream += told
 
-    @precondition(lambda self: self.published)
-    @rule(data=st.data())
-    def copy(self, data: st.DataObject) -> None:
+    def copy(self, chance: random.Random) -> None:
         """What a crash repeats, and what surfaces late."""
-        self.stream.append(data.draw(st.sampled_from(self.published)))
+        if self.published:
+            self.stream.append(chance.choice(self.published))
 
-    @precondition(lambda self: self.connected and self.position < len(self.stream))
-    @rule(count=st.integers(1, 4))
-    def deliver(self, count: int) -> None:
-        assert self.position is not None
-        for event in self.stream[self.position :][:count]:
+    def deliver(self, _chance: random.Random) -> None:
+        if self.connected and self.position is not None and self.position < len(self.stream):
             self.position += 1
-            self.ask(self.replica.published(self.now, *event))
-            self.judge()
+            self.ask(self.replica.published(self.now, *self.stream[self.position - 1]))
 
-    @precondition(lambda self: self.connected)
-    @rule()
-    def disconnect(self) -> None:
-        self.connected = False
-        self.ask(self.replica.lost(self.now))
+    def disconnect(self, _chance: random.Random) -> None:
+        if self.connected:
+            self.connected = False
+            self.ask(self.replica.lost(self.now))
 
-    @precondition(lambda self: not self.connected)
-    @rule(recovers=st.booleans())
-    def connect(self, recovers: bool) -> None:
-        recovered = recovers and self.position is not None
+    def connect(self, chance: random.Random) -> None:
+        if self.connected:
+            return
+        recovered = self.position is not None and chance.random() < 0.5
         if not recovered:
             self.position = len(self.stream)
         self.connected = True
         self.ask(self.replica.subscribed(self.now, recovered=recovered))
 
-    @precondition(lambda self: self.asked)
-    @rule(data=st.data())
-    def look(self, data: st.DataObject) -> None:
+    def find(self, chance: random.Random) -> None:
         """The database reads for a load, some time between the question and the answer."""
-        self.find(data.draw(st.sampled_from(self.asked)))
+        if self.asked:
+            load = chance.choice(self.asked)
+            rows = [(key, row["version"], row) for key, row in self.rows.items() if key in (load.keys or self.rows)]
+            self.read.setdefault(load.id, State(rows, str(self.epoch)))
 
-    def find(self, load: Load) -> None:
-        rows = [(key, row["version"], row) for key, row in self.rows.items() if load.keys is None or key in load.keys]
-        self.read.setdefault(load.id, State(rows, str(self.epoch)))
+    def answer(self, chance: random.Random) -> None:
+        if self.read:
+            load = chance.choice([load for load in self.asked if load.id in self.read])
+            self.asked.remove(load)
+            self.ask(self.replica.loaded(self.now, load.id, self.read.pop(load.id)))
 
-    @precondition(lambda self: self.read)
-    @rule(data=st.data())
-    def answer(self, data: st.DataObject) -> None:
-        self.reply(data.draw(st.sampled_from([load for load in self.asked if load.id in self.read])))
+    def fail(self, chance: random.Random) -> None:
+        if self.asked:
+            load = chance.choice(self.asked)
+            self.asked.remove(load)
+            self.read.pop(load.id, None)
+            self.ask(self.replica.failed(self.now, load.id))
 
-    def reply(self, load: Load) -> None:
-        self.asked.remove(load)
-        self.ask(self.replica.loaded(self.now, load.id, self.read.pop(load.id)))
-
-    @precondition(lambda self: self.asked)
-    @rule(data=st.data())
-    def fail(self, data: st.DataObject) -> None:
-        load = data.draw(st.sampled_from(self.asked))
-        self.asked.remove(load)
-        self.read.pop(load.id, None)
-        self.ask(self.replica.failed(self.now, load.id))
-
-    @rule(seconds=st.sampled_from([0.03, 0.3, 3.0, 11.0]))
-    def wait(self, seconds: float) -> None:
-        self.now += seconds
+    def wait(self, chance: random.Random) -> None:
+        self.now += 3 * chance.random() ** 3
         self.ask(self.replica.wake(self.now))
 
-    @invariant()
-    def judge(self) -> None:
-        epoch = self.replica.epoch
-        for key, shown in self.replica.objects.items():
-            assert epoch is not None
-            assert shown.version >= self.highest.get((epoch, key), 0), f"{key} went back"
-            assert shown.data == self.had[epoch, key, shown.version], f"{key} never was that"
-            self.highest[epoch, key] = shown.version
-
-    def teardown(self) -> None:
+    def heal(self, chance: random.Random) -> None:
         """Nothing fails any more: what is under way arrives."""
-        if not hasattr(self, "replica"):
-            return
-        self.write("a", "x", 0, deletes=False, whole=True)  # or nobody would hear of a restored database
+        self.write(chance)  # or nobody would hear of a restored database
         while self.outbox:
-            self.relay(4, bundles=False, gap=9)
-        if not self.connected:
-            self.connect(recovers=True)
+            self.relay(chance)
+        self.connect(chance)
         for _ in range(500):
-            self.deliver(len(self.stream))
+            while self.position is not None and self.position < len(self.stream):
+                self.deliver(chance)
+                self.judge()
             if self.asked:
-                self.find(self.asked[0])
-                self.reply(self.asked[0])
+                self.find(chance)
+                self.answer(chance)
             elif self.replica.due < math.inf:
                 self.now = max(self.now, self.replica.due)
                 self.ask(self.replica.wake(self.now))
@@ -255,10 +235,27 @@ class World(RuleBasedStateMachine):
         assert not any(shown.old for shown in self.replica.objects.values())
 
 
-TestAnyInterleaving = World.TestCase
-TestAnyInterleaving.settings = settings(
-    max_examples=150,
-    stateful_step_count=80,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
+STEPS = (
+    *[World.write, World.relay, World.wait, World.find, World.answer] * 6,
+    *[World.deliver] * 10,
+    *[World.connect, World.copy] * 2,
+    *[World.disconnect, World.fail, World.back_up, World.restore],
 )
+
+
+@given(
+    reduces=st.booleans(),
+    based=st.booleans(),
+    memory=st.sampled_from([1, 3, 1000]),
+    seed=st.integers(0, 2**32),
+    steps=st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 2**32)), min_size=200, max_size=300),
+)
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_interleaving_ends_in_the_state_of_the_database(
+    reduces: bool, based: bool, memory: int, seed: int, steps: list[tuple[Callable[[World, random.Random], None], int]]
+) -> None:
+    world = World(reduces=reduces, based=based, memory=memory, seed=seed)
+    for step, chance in steps:
+        step(world, random.Random(chance))
+        world.judge()
+    world.heal(random.Random(seed))
