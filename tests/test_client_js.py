@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.node import run_node
+from tests.support.node import CLIENT, install, run_node
+
+ROOT = Path(__file__).parent.parent
 
 LIMIT = 4096
 """Bytes, minified and compressed, without `centrifuge`."""
@@ -21,6 +23,14 @@ def test_suite(suite: str) -> None:
 
 def test_types() -> None:
     run_node("node_modules/typescript/bin/tsc", "--project", ".")
+
+
+def test_the_example_has_the_centrifuge_of_the_lock_file() -> None:
+    install()
+    released = (CLIENT / "node_modules" / "centrifuge" / "dist" / "centrifuge.js").read_text()
+    code, _, map_ = released.partition("//# sourceMappingURL=")
+    assert map_.strip() == "centrifuge.js.map"
+    assert (ROOT / "examples" / "board" / "static" / "centrifuge.js").read_text() == code
 
 
 def test_size(tmp_path: Path) -> None:

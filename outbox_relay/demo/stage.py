@@ -7,12 +7,12 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Protocol, Self
 
 import sqlalchemy as sa
 
@@ -71,17 +71,37 @@ class Relay:
             self._process = None
 
 
+class Front(Protocol):
+    """What stands between the relays and Centrifugo."""
+
+    @property
+    def url(self) -> str: ...
+
+
 class Stage:
     """PostgreSQL, Centrifugo and two relays, from the start of the `with` block to its end.
 
-    `tell` hears of everything that is done to them. Raises EmbeddedError if one of them cannot be started.
+    `tell` hears of everything that is done to them. `front` makes what the relays talk to in place of Centrifugo's
+    API, whose address it gets; `settings` are the relays' own, by name, `config` Centrifugo's, by top-level key. Raises
+    EmbeddedError if one of them cannot be started.
     """
 
     engine: sa.Engine
+    database_url: str
     centrifugo: Centrifugo
     relays: tuple[Relay, Relay]
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        tell: Callable[[str], None],
+        *,
+        front: Callable[[str], AbstractContextManager[Front]] | None = None,
+        settings: Mapping[str, object] | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._front = front
+        self._config = config
+        self._settings = settings or {}
         self.centrifugo_runs = False
         self.relay_kills = 0
         self.centrifugo_kills = 0
@@ -94,16 +114,20 @@ class Stage:
             folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="outbox-relay-demo-")))
             postgres = cleanup.enter_context(Postgres())
             self._tell(f"PostgreSQL: process {postgres.pid}, port {postgres.port}")
+            self.database_url = postgres.url()
             self.engine = sa.create_engine(
-                sa.make_url(postgres.url()).set(drivername="postgresql+psycopg"), pool_size=WRITERS + 2
+                sa.make_url(self.database_url).set(drivername="postgresql+psycopg"), pool_size=WRITERS + 2
             )
             cleanup.callback(self.engine.dispose)
             migrate(self.engine)
             Base.metadata.create_all(self.engine)
-            self.centrifugo = cleanup.enter_context(Centrifugo(binary))
+            self.centrifugo = cleanup.enter_context(Centrifugo(binary, config=self._config))
             self.centrifugo_runs = True
             self._tell(f"Centrifugo: process {self.centrifugo.pid}, port {self.centrifugo.ports[0]}")
-            environment = _environment(postgres.url(), self.centrifugo)
+            api_url = self.centrifugo.api_url
+            if self._front is not None:
+                api_url = cleanup.enter_context(self._front(api_url)).url
+            environment = _environment(self.database_url, api_url, self.centrifugo.api_key, self._settings)
             self.relays = (Relay("relay A", environment, folder), Relay("relay B", environment, folder))
             cleanup.callback(self._stop_relays)
             for relay in self.relays:
@@ -174,13 +198,15 @@ def harm(seconds: float | None) -> Iterator[Harm]:
         yield Harm(begin + 0.65 * cycle, Stage.start_centrifugo)
 
 
-def _environment(database_url: str, centrifugo: Centrifugo) -> dict[str, str]:
+def _environment(database_url: str, api_url: str, api_key: str, settings: Mapping[str, object]) -> dict[str, str]:
     """What a relay needs, without what would configure it otherwise."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("OUTBOX_RELAY_")}
-    return inherited | {
-        "OUTBOX_RELAY_DATABASE_URL": database_url,
-        "OUTBOX_RELAY_CENTRIFUGO_URL": centrifugo.api_url,
-        "OUTBOX_RELAY_CENTRIFUGO_API_KEY": centrifugo.api_key,
-        "OUTBOX_RELAY_LOG_FORMAT": "json",
-        "OUTBOX_RELAY_WORKERS": "1",
+    own = {
+        "database_url": database_url,
+        "centrifugo_url": api_url,
+        "centrifugo_api_key": api_key,
+        "log_format": "json",
+        "workers": 1,
+        **settings,
     }
+    return inherited | {f"OUTBOX_RELAY_{name.upper()}": str(value) for name, value in own.items()}
