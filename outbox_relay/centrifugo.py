@@ -198,9 +198,11 @@ def api_url(url: str) -> httpx.URL:
 
 def encode_batch(events: Iterable[Event], *, parallel: bool) -> bytes:
     """The body of one batch request. Payload and tags are spliced in as they are, never parsed."""
-    head = '{"parallel":true,"commands":[' if parallel else '{"commands":['
-    # One expression: no name keeps a megabyte alive beside its copy.
-    return (head + ",".join(map(_command, events)) + "]}").encode()
+    commands = list(map(_command, events)) or [""]
+    # Onto single commands, because one more copy of the whole is a megabyte more.
+    commands[0] = ('{"parallel":true,"commands":[' if parallel else '{"commands":[') + commands[0]
+    commands[-1] += "]}"
+    return ",".join(commands).encode()
 
 
 def _command(event: Event) -> str:

@@ -98,7 +98,8 @@ LIMIT %(limit)s
     "{next}", _NEXT.replace("{lane_before}", "busy.lane")
 )
 
-# The bytes that the rows before a row take bound the batch; id order makes the cut a suffix of every aggregate.
+# The bytes of all rows up to a row bound the batch, but for the first one; id order makes the cut a suffix of every
+# aggregate.
 _READ_PENDING: Final = (
     """
 SELECT {columns} CASE WHEN held IS NULL THEN payload::text END, {rest}
@@ -109,8 +110,7 @@ FROM (
            CASE WHEN (SELECT true FROM {outbox_hold} LIMIT 1) THEN (
                SELECT true FROM {outbox_hold} AS h
                WHERE h.aggregate_type = e.aggregate_type AND h.aggregate_id = e.aggregate_id) END AS held,
-           sum(pg_column_size(e.payload))
-               OVER (ORDER BY e.id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS bytes_before
+           sum(pg_column_size(e.payload)) OVER (ORDER BY e.id ROWS UNBOUNDED PRECEDING) AS bytes
     FROM unnest(%(lanes)s::smallint[]) AS l(lane)
     CROSS JOIN LATERAL (
         SELECT l.lane, o.* FROM {outbox} AS o
@@ -118,7 +118,7 @@ FROM (
         ORDER BY {lane}, o.id LIMIT %(quota)s
     ) AS e
 ) AS e
-WHERE coalesce(bytes_before, 0) < %(max_bytes)s
+WHERE bytes <= %(max_bytes)s OR bytes = pg_column_size(payload)
 ORDER BY id
 """.replace("{columns}", _COLUMNS)
     .replace("{rest}", _REST)
@@ -279,7 +279,7 @@ class Store(Upkeep):
     def read(self, lanes: Sequence[Lane], *, events: int, per_lane: int, max_bytes: int) -> Batch:
         """Read what may be sent now from the locked lanes, and park what waits behind a hold.
 
-        About `events` events, at least `per_lane` from each lane, `max_bytes` of payload (and one more event).
+        About `events` events, at least `per_lane` from each lane, `max_bytes` of payload, but one event always.
         """
         quota = max(per_lane, events // max(len(lanes), 1))
         batch = Batch()

@@ -44,7 +44,8 @@ class DeadlineTransport(httpx.BaseTransport):
 
     def __init__(self, deadline: Deadline, verify: ssl.SSLContext | bool) -> None:
         self._deadline = deadline
-        self._tls = httpx.create_ssl_context(verify=verify, trust_env=False)
+        self._verify = verify
+        self._tls: ssl.SSLContext | None = None  # some megabytes, so not where nobody needs it
         self._connection: http.client.HTTPConnection | None = None
         self._used_at = 0.0
 
@@ -84,11 +85,13 @@ class DeadlineTransport(httpx.BaseTransport):
         with _errors(httpx.ConnectTimeout, httpx.ConnectError):
             host, secure = url.raw_host.decode(), url.scheme == "https"
             port = url.port or (443 if secure else 80)
+            if secure and self._tls is None:
+                self._tls = httpx.create_ssl_context(verify=self._verify, trust_env=False)
             plain = socket.create_connection((host, port), self._deadline.left())
             try:
                 plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 plain.settimeout(self._deadline.left())
-                wrapped = self._tls.wrap_socket(plain, server_hostname=host) if secure else plain
+                wrapped = self._tls.wrap_socket(plain, server_hostname=host) if self._tls else plain
             except BaseException:
                 plain.close()
                 raise
