@@ -14,7 +14,8 @@ from outbox_relay.config import ConfigError, Settings, TypeSettings
 from outbox_relay.metrics import BacklogCollector, HealthCollector, Metrics, registry
 from outbox_relay.monitor import Monitor
 from outbox_relay.outcome import Policy
-from outbox_relay.relay import Limits, Observer, Options, Relay
+from outbox_relay.packing import Limits, Wire, Wires
+from outbox_relay.relay import Observer, Options, Relay
 from outbox_relay.store import Store
 
 
@@ -82,6 +83,7 @@ def build_publisher(settings: Settings) -> Centrifugo:
             parallel=None if settings.parallel == "auto" else settings.parallel,
             verify=_authorities(settings),
             new_key=partial(_new_key, settings),
+            wires=wires(settings),
         )
     except ValueError as error:
         raise ConfigError(f"centrifugo_url: {error}") from None
@@ -124,9 +126,14 @@ def options(settings: Settings) -> Options:
         ),
         policy=policy(settings),
         policies={name: policy(settings, own) for name, own in settings.types.items()},
+        wires=wires(settings),
         keep=settings.keep,
         keep_dead=settings.keep_dead,
     )
+
+
+def wires(settings: Settings) -> Wires:
+    return {name: Wire(bundle_events=own.bundle_events) for name, own in settings.namespaces.items()}
 
 
 def _frozen_after(settings: Settings) -> float:

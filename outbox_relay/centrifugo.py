@@ -5,10 +5,9 @@ Centrifugo's contract was read from the source of v6.9.1: `api_handler`, `apipro
 
 from __future__ import annotations
 
-import json
 import re
 import ssl
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from itertools import accumulate
 from typing import Any, Final
@@ -19,19 +18,20 @@ import orjson
 from outbox_relay.log import MASK, get_logger, printable
 from outbox_relay.outcome import ACCEPTED, Event, Outage, Refusal, Reply, boottime
 from outbox_relay.pace import Pace
+from outbox_relay.packing import Wires
 from outbox_relay.transport import Deadline, DeadlineTransport
+from outbox_relay.wire import Command, commands, encode_batch, encode_commands, replies
 
 log = get_logger()
 
-WIRE_VERSION: Final = "1"
 MAX_DEPTH: Final = 9_990
 """Go's JSON decoder refuses more than 10,000 levels, the batch's own included, and with them the whole batch."""
-BAD_REQUEST: Final = 107
+TOO_DEEP: Final = {"code": 107, "message": "not sent: the payload is nested too deeply for Centrifugo's decoder"}
+"""A bad request, answered without asking."""
 _REPLY_BYTES_PER_COMMAND: Final = 4096
 _REPLY_FLOOR: Final = 64 * 1024
 _MESSAGE: Final = 200
 _STRINGS: Final = re.compile(r'"(?:[^"\\]|\\.)*"')
-_quote: Final = json.encoder.encode_basestring
 
 
 class Centrifugo:
@@ -49,6 +49,7 @@ class Centrifugo:
         *,
         timeout: float = 3.0,
         parallel: bool | None = None,
+        wires: Wires | None = None,
         verify: ssl.SSLContext | bool = True,
         new_key: Callable[[], str | None] = lambda: None,
     ) -> None:
@@ -56,6 +57,7 @@ class Centrifugo:
         self._key = api_key
         self._new_key = new_key
         self._pace = Pace(parallel)
+        self._wires = wires or {}
         self._api = api_url(url)
         self._deadline = Deadline()
         self._client = httpx.Client(
@@ -85,33 +87,56 @@ class Centrifugo:
         `deadline` is on `boottime()`; by default `timeout` from now. Not a byte is sent past it.
         """
         too_deep = {n for n, event in enumerate(events) if _too_deep(event.payload)}
+        if self._wires:
+            return self._publish_commands(events, too_deep, deadline)
         sent = [event for n, event in enumerate(events) if n not in too_deep] if too_deep else events
         parallel = self._pace.choose(len(sent))
         body = encode_batch(sent, parallel=parallel)
-        started = boottime()
-        answer = self._batch(body, len(sent), deadline)
-        if isinstance(answer, Outage):
-            return answer
-        self._pace.note(len(sent), boottime() - started, parallel=parallel)
+        answers = self._ask(body, len(sent), deadline, parallel=parallel)
+        if isinstance(answers, Outage):
+            return answers
         try:
-            replies = [
+            found = [
                 ACCEPTED
-                if len(event.channels) == 1 and type(reply.get("publish")) is dict and "error" not in reply
-                else self._reply(event, reply)
-                for event, reply in zip(sent, answer, strict=True)
+                if len(event.channels) == 1 and type(answer.get("publish")) is dict and "error" not in answer
+                else self._reply(event, answer)
+                for event, answer in zip(sent, answers, strict=True)
             ]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            return Outage(f"the reply is not Centrifugo's: {type(error).__name__} in a command's reply", verdict=200)
+        except _NO_ANSWER as error:
+            return _no_answer(error)
         for n in sorted(too_deep):
-            message = "not sent: the payload is nested too deeply for Centrifugo's decoder"
-            refusals = (Refusal(channel, BAD_REQUEST, message) for channel in events[n].unsent)
-            replies.insert(n, Reply(tuple(refusals)))
-        return replies
+            refusals = (self._refusal(channel, TOO_DEEP) for channel in events[n].unsent)
+            found.insert(n, Reply(tuple(refusals)))
+        return found
+
+    def _publish_commands(
+        self, events: Sequence[Event], too_deep: Set[int], deadline: float | None
+    ) -> list[Reply] | Outage:
+        """As `publish`, where some namespaces do not get a publication for each event."""
+        asked = commands(events, self._wires)
+        sent = [command for command in asked if too_deep.isdisjoint(command.events)] if too_deep else asked
+        parallel = self._pace.choose(len(sent))
+        body = encode_commands(sent, parallel=parallel)
+        answers = self._ask(body, len(sent), deadline, parallel=parallel)
+        if isinstance(answers, Outage):
+            return answers
+        unsent = [command for command in asked if not too_deep.isdisjoint(command.events)]
+        try:
+            return replies(events, [*sent, *unsent], [*answers, *({"error": TOO_DEEP} for _ in unsent)], self._refusal)
+        except _NO_ANSWER as error:
+            return _no_answer(error)
 
     def probe(self) -> Outage | None:
         """Send an empty batch: does Centrifugo answer, and does it take the key? Says nothing of its broker."""
         answer = self._batch(b'{"commands":[]}', 0, None)
         return answer if isinstance(answer, Outage) else None
+
+    def _ask(self, body: bytes, commands: int, deadline: float | None, *, parallel: bool) -> list[Any] | Outage:
+        started = boottime()
+        answers = self._batch(body, commands, deadline)
+        if not isinstance(answers, Outage):
+            self._pace.note(commands, boottime() - started, parallel=parallel)
+        return answers
 
     def _batch(self, body: bytes, commands: int, deadline: float | None) -> list[Any] | Outage:
         self._deadline.at = boottime() + self.timeout if deadline is None else deadline
@@ -155,16 +180,9 @@ class Centrifugo:
         self._key = self._client.headers["X-API-Key"] = key
         return True
 
-    def _reply(self, event: Event, reply: Any) -> Reply:
+    def _reply(self, event: Event, answer: Any) -> Reply:
         """The answer for an event that was not plainly accepted on its only channel. Raises where it is no answer."""
-        channels = event.unsent
-        error = reply.get("error")
-        if error is not None:
-            return Reply(tuple(self._refusal(channel, error) for channel in channels))
-        responses = reply["broadcast"]["responses"] if len(channels) > 1 else [reply["publish"]]
-        errors = [(channel, response.get("error")) for channel, response in zip(channels, responses, strict=True)]
-        refusals = tuple(self._refusal(channel, error) for channel, error in errors if error is not None)
-        return Reply(refusals, tuple(channel for channel, error in errors if error is None)) if refusals else ACCEPTED
+        return replies([event], [Command("", event.unsent, (0,))], [answer], self._refusal)[0]
 
     def _refusal(self, channel: str, error: Mapping[str, Any]) -> Refusal:
         code = error["code"]
@@ -182,6 +200,13 @@ class Centrifugo:
         return printable(masked[:_MESSAGE])[:_MESSAGE]
 
 
+_NO_ANSWER: Final = (AttributeError, KeyError, TypeError, ValueError)
+
+
+def _no_answer(error: Exception) -> Outage:
+    return Outage(f"the reply is not Centrifugo's: {type(error).__name__} in a command's reply", verdict=200)
+
+
 def api_url(url: str) -> httpx.URL:
     """The address of the server API, with `/api` added where it is missing. Raises ValueError."""
     try:
@@ -194,32 +219,6 @@ def api_url(url: str) -> httpx.URL:
         raise ValueError("a URL with a user, a query or a fragment: the API key is a setting of its own")
     path = parsed.path.rstrip("/")
     return parsed.copy_with(path=path if path.endswith("/api") else f"{path}/api")
-
-
-def encode_batch(events: Iterable[Event], *, parallel: bool) -> bytes:
-    """The body of one batch request. Payload and tags are spliced in as they are, never parsed."""
-    commands = list(map(_command, events)) or [""]
-    # Onto single commands, because one more copy of the whole is a megabyte more.
-    commands[0] = ('{"parallel":true,"commands":[' if parallel else '{"commands":[') + commands[0]
-    commands[-1] += "]}"
-    return ",".join(commands).encode()
-
-
-def _command(event: Event) -> str:
-    channels = event.unsent if event.accepted else event.channels
-    if len(channels) == 1:
-        target = f'"publish":{{"channel":{_quote(channels[0])}'
-    else:
-        target = f'"broadcast":{{"channels":[{",".join(map(_quote, channels))}]'
-    epoch = f',"ob_epoch":{_quote(event.epoch)}' if event.epoch else ""
-    base = "" if event.base_version is None else f',"ob_base":"{event.base_version}"'
-    own_tags = f",{event.tags[1:]}" if event.tags and event.tags != "{}" else "}"
-    return (
-        f'{{{target},"data":{event.payload},"idempotency_key":"{event.idempotency_key}",'
-        f'"tags":{{"ob":"{WIRE_VERSION}","ob_type":{_quote(event.aggregate_type)},'
-        f'"ob_id":{_quote(event.aggregate_id)},"ob_version":"{event.version}","ob_event":"{event.event_id}",'
-        f'"ob_kind":"{event.kind}"{epoch}{base}{own_tags}}}}}'
-    )
 
 
 def _too_deep(payload: str) -> bool:

@@ -32,7 +32,7 @@ from outbox_relay.cli_shared import (
     print_json,
     settings_or_exit,
 )
-from outbox_relay.config import ConfigError, Settings, TypeSettings
+from outbox_relay.config import ConfigError, NamespaceSettings, Settings, TypeSettings
 from outbox_relay.log import printable
 
 if TYPE_CHECKING:
@@ -645,7 +645,7 @@ def _template() -> str:
     lines = [_HEADER]
     settings = Settings()
     docs = configuration.docs(Settings)
-    for name in (setting.name for setting in fields(Settings) if setting.name != "types"):
+    for name in (setting.name for setting in fields(Settings) if setting.name not in {"types", "namespaces"}):
         value = getattr(settings, name)
         lines += [f"# {docs[name]}", f"# {name} = {_toml(_EXAMPLES[name] if value is None else value)}", ""]
     lines += [f"# {docs['types']}", "# [types.order]"]
@@ -653,6 +653,10 @@ def _template() -> str:
     for name, doc in configuration.docs(TypeSettings).items():
         value = getattr(own, name)
         lines += [f"# {doc}", f"# {name} = {_toml(getattr(settings, name) if value is None else value)}"]
+    lines += ["", f"# {docs['namespaces']}", "# [namespaces.feed]"]
+    wire = NamespaceSettings()
+    for name, doc in configuration.docs(NamespaceSettings).items():
+        lines += [f"# {doc}", f"# {name} = {_toml(getattr(wire, name))}"]
     return "\n".join(lines) + "\n"
 
 
@@ -666,6 +670,7 @@ def _toml(value: object) -> str:
 def _shown(settings: Settings) -> Mapping[str, Any]:
     """The settings without anything secret."""
     shown = {setting.name: getattr(settings, setting.name) for setting in fields(Settings)}
+    shown["namespaces"] = {name: asdict(own) for name, own in settings.namespaces.items()}
     shown["types"] = {
         name: {key: value for key, value in asdict(own).items() if value is not None}
         for name, own in settings.types.items()

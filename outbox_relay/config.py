@@ -50,6 +50,15 @@ class TypeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NamespaceSettings:
+    """How the channels of one namespace are published to."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    bundle_events: Annotated[Count, Doc("events of a channel in one publication, a bundle; 1 makes none")] = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Every setting, its bounds, its default and its unit."""
 
@@ -94,6 +103,9 @@ class Settings:
     keep_dead: Annotated[Age, Doc("seconds that dead, expired and discarded events are kept")] = 90 * 86_400.0
     types: Annotated[
         dict[str, TypeSettings], Doc("what differs for an aggregate type: a table [types.NAME] in the TOML file")
+    ] = field(default_factory=dict)
+    namespaces: Annotated[
+        dict[str, NamespaceSettings], Doc("what a namespace's channels get: a table [namespaces.NAME] in the TOML file")
     ] = field(default_factory=dict)
     metrics_port: Annotated[
         int | None, Field(ge=1, le=65_535), Doc("port of /metrics, /live and /ready; without one there are none")
@@ -159,7 +171,7 @@ def api_key_now(settings: Settings) -> str | None:
         return None
 
 
-def docs(of: type[Settings | TypeSettings]) -> dict[str, str]:
+def docs(of: type[Settings | TypeSettings | NamespaceSettings]) -> dict[str, str]:
     """What each setting is, and its unit."""
     hints = get_type_hints(of, include_extras=True)
     return {

@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 
 from outbox_relay.health import Health
 from outbox_relay.log import get_logger
-from outbox_relay.outcome import Event, GivenUp, Outage, Outcome, Settlement
+from outbox_relay.outcome import Doubted, Event, GivenUp, Outage, Outcome, Settlement
 
 log = get_logger()
 
@@ -91,7 +91,8 @@ class Metrics(Collector):
         lags = [max(0.0, now - event.created_at) for event in delivered]
         with self._lock:
             self._events["delivered"] += len(delivered)
-            self._events.update(_label(settlement.outcome) for settlement in settlements)
+            known = (settlement.outcome for settlement in settlements if not isinstance(settlement.outcome, Doubted))
+            self._events.update(map(_label, known))
             self._batch_events.add((len(delivered) + len(settlements),))
             self._lag.add(lags)
 

@@ -79,7 +79,8 @@ class _Publication:
             payload=payload,
             kind=kind,
             tags=_value(self.tags, instance),
-            expires_at=_value(self.expires_at, instance),
+            # That an object is gone stays true.
+            expires_at=None if kind == "tombstone" else _value(self.expires_at, instance),
             base_version=base,
         )
 
@@ -114,9 +115,9 @@ def publishes(
 
     `payload` is a function of the instance, called after the flush, so that it sees what the row has now. The others
     may be functions of the instance too. Where `channels` gives none, there is no event. `kind` "change" says also the
-    version before, `base_version`. A function for `kind` may say "tombstone" of an object that is kept and only
-    marked as deleted. `aggregate_type` is the base class's table unless given, the aggregate's id the primary key,
-    joined by `:` if it has several columns.
+    version before, `base_version`. A function for `kind` may say "tombstone" of an object that is kept and only marked
+    as deleted; a tombstone never expires. `aggregate_type` is the base class's table unless given, the aggregate's id
+    the primary key, joined by `:` if it has several columns.
 
     Bulk statements write no events: an ORM-enabled one on such a class raises `BulkChangeError`; see `enqueue_objects`.
     """
@@ -199,6 +200,7 @@ def enqueue_for(
     tags: Mapping[str, str] | None = None,
     expires_at: datetime | None = None,
     event_id: uuid.UUID | None = None,
+    base_version: int | None = None,
     outbox: Outbox = DEFAULT,
 ) -> None:
     """Flush, then write the event with the version that the flush gave to `instance`, in the same transaction.
@@ -226,6 +228,7 @@ def enqueue_for(
             tags=tags,
             expires_at=expires_at,
             event_id=event_id,
+            base_version=base_version,
         )
     )
 

@@ -45,6 +45,8 @@ class Event(NamedTuple):
     expires_at: float | None = None
     ending: str | None = None
     """The state in which it ends once its channels were told of the gap. It is not sent itself any more."""
+    tried: bool = False
+    """It was refused before: it travels in no bundle, so that nothing but itself can be to blame."""
 
     @property
     def aggregate(self) -> tuple[str, str]:
@@ -78,10 +80,14 @@ class Refusal(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """Centrifugo's answer for one event: who refused it, and which channels accepted it all the same."""
+    """Centrifugo's answer for one event: who refused it, and which channels accepted it all the same.
+
+    `bundled`: some channel refused a bundle, and which of its events is to blame is not known.
+    """
 
     refusals: tuple[Refusal, ...]
     accepted: tuple[str, ...] = ()
+    bundled: bool = False
 
 
 ACCEPTED: Final = Reply(())
@@ -166,7 +172,12 @@ class GivenUp:
     wait: bool = False
 
 
-Outcome = Held | Owed | GivenUp
+@dataclass(frozen=True, slots=True)
+class Doubted:
+    """The event was in a bundle that was refused. It is sent again in a smaller one."""
+
+
+Outcome = Held | Owed | GivenUp | Doubted
 """What becomes of an event that was refused, or that is not sent. The others are delivered."""
 
 
@@ -207,7 +218,7 @@ def decide(
     *,
     ending: str | None = None,
     jitter: float | None = None,
-) -> Outcome:
+) -> Held | Owed | GivenUp:
     """Say what a refused event becomes.
 
     `hold` is the wait that this event is the head of, if there is one. `others_accepted_at` is when the
@@ -265,6 +276,9 @@ def judge(
         if internal and hold is None and not anything_accepted:
             outage = Outage(f"Centrifugo accepts nothing: error {INTERNAL}, {internal[0].message}")
             continue
+        if reply.bundled:
+            settlements.append(Settlement(event, Doubted(), reply.accepted))
+            continue
         others = min(accepted_at.get(namespace(refusal.channel), 0.0) for refusal in reply.refusals)
         own_hold = hold if hold is not None and hold.head_id == event.id else None
         outcome = decide(reply, own_hold, others, now, policy_of(event.aggregate_type), ending=event.ending)
@@ -292,22 +306,23 @@ class Suspects:
     def part(self, events: list[Event], alone: Container[int]) -> tuple[list[Event], list[list[Event]]]:
         """Split a batch into the events that are free to go and the requests of suspects.
 
-        Ids in `alone` get a request each. A suspect's successors are in neither: they wait for its answer.
+        Ids in `alone` get a request each. A suspect's successors are in neither, but for those of its own request: they
+        wait for its answer.
         """
         if not self._group_of and not alone:
             return events, []
         free: list[Event] = []
         requests: dict[_Group, list[Event]] = {}
-        behind: set[tuple[str, str]] = set()
+        behind: dict[tuple[str, str], _Group] = {}
         for event in events:
-            if event.aggregate in behind:
-                continue
             group = _Group(0.0) if event.id in alone else self._group_of.get(event.id)
+            if behind.get(event.aggregate, group) is not group:
+                continue
             if group is None:
                 free.append(event)
             else:
                 requests.setdefault(group, []).append(event)
-                behind.add(event.aggregate)
+                behind[event.aggregate] = group
         # The one that failed longest ago first, so that a bad one does not keep its fellows from being tried.
         return free, [requests[group] for group in sorted(requests, key=lambda group: group.failed_at)]
 

@@ -36,6 +36,7 @@ from outbox_relay.outcome import (
     judge,
     namespace,
 )
+from outbox_relay.packing import Limits, Wires, waves
 from outbox_relay.policy import end, plan
 from outbox_relay.store import Batch, Clock, Store
 from outbox_relay.upkeep import Chores
@@ -50,19 +51,6 @@ OTHERS_WAIT: Final = 0.02
 SLEEP_AT_MOST: Final = 0.5
 SIGN_OF_LIFE_EVERY: Final = 1.0
 RETRY_AFTER_MAX: Final = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Bounds of one request: events, bytes of payload, bytes of payload to one channel.
-
-    One event always fits. Bytes per channel matter because Centrifugo disconnects a subscriber whose queue
-    grows past `client.queue_max_size`, 1 MiB by default.
-    """
-
-    events: int = 1_000
-    bytes: int = 1024 * 1024
-    channel_bytes: int = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +76,7 @@ class Options:
     policy: Policy = field(default_factory=Policy)
     policies: Mapping[str, Policy] = field(default_factory=dict)
     """By aggregate type, where it differs from `policy`."""
+    wires: Wires = field(default_factory=dict)
 
     def policy_of(self, aggregate_type: str) -> Policy:
         return self.policies.get(aggregate_type, self.policy)
@@ -140,38 +129,6 @@ class Ended(enum.Enum):
     ONLY_HELD = "only held or parked events are left"
     HUNG = "a worker did not stop in time"
     FAILED = "a worker failed"
-
-
-def waves(events: Iterable[Event], limits: Limits) -> list[list[Event]]:
-    """Pack events into requests: the earliest that has room, after the one with the aggregate's last event.
-
-    At most one event of an aggregate in a request, because Centrifugo goes on after a failing command and its
-    successor would overtake it. Events of one aggregate keep their order.
-    """
-    requests: list[list[Event]] = []
-    room: list[int] = []  # bytes left, by request
-    used: list[dict[str, int]] = []  # bytes by channel, by request
-    next_of: dict[tuple[str, str], int] = {}  # the earliest request for an aggregate's next event
-    for event in events:
-        size = len(event.payload) if event.payload.isascii() else len(event.payload.encode())
-        aggregate = (event.aggregate_type, event.aggregate_id)
-        n = next_of.get(aggregate, 0)
-        while n < len(requests) and not (
-            size <= room[n]
-            and len(requests[n]) < limits.events
-            and all(used[n].get(channel, 0) + size <= limits.channel_bytes for channel in event.channels)
-        ):
-            n += 1
-        if n == len(requests):
-            requests.append([])
-            room.append(limits.bytes)
-            used.append({})
-        requests[n].append(event)
-        room[n] -= size
-        for channel in event.channels:
-            used[n][channel] = used[n].get(channel, 0) + size
-        next_of[aggregate] = n + 1
-    return requests
 
 
 @dataclass(slots=True)
@@ -260,11 +217,13 @@ class Worker:
         alone = {hold.head_id for hold in batch.holds.values() if hold.alone}
         free, suspects = self._shared.suspects.part(batch.events, alone)
         limits = self._options.limits
-        planned = waves(free, replace(limits, events=self._publisher.room(limits.events)))
+        wires = self._options.wires
+        planned = waves(free, replace(limits, events=self._publisher.room(limits.events)), wires)
         full = list(takewhile(lambda wave: len(wave) * WAVE_SHRINKAGE >= len(planned[0]), planned))
         if suspects:
             unsent = {event.aggregate for wave in planned[len(full) :] for event in wave}
             suspects = [[event for event in group if event.aggregate not in unsent] for group in suspects]
+            suspects = [waves(group, limits, wires)[0] for group in suspects if group]
         ends_at = boottime() + self._options.batch_time
         for number, wave in enumerate([*full, *suspects]):
             if number and (self._shared.stopping.is_set() or boottime() >= ends_at):
@@ -307,6 +266,9 @@ class Worker:
                 sent.anything_accepted |= bool(reply.accepted)
         sent.anything_accepted |= bool(accepted)
         self._shared.answered(events, accepted, sent_at)
+        doubted = [event for event, reply in zip(events, replies, strict=True) if reply.bundled]
+        if doubted:
+            self._shared.failed(doubted, clock)
         return None
 
 

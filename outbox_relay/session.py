@@ -107,8 +107,9 @@ class Session:
         deadline = boottime() + self.request_timeout
         if deadline >= self._asked_at + self.session_timeout:
             return None
-        readable, _, _ = select.select([self._connection.fileno()], [], [], 0)
-        return None if readable else deadline
+        poll = select.poll()  # select itself knows no descriptor above 1,023
+        poll.register(self._connection, select.POLLIN)
+        return None if poll.poll(0) else deadline
 
     def ask(self, query: LiteralString, **parameters: Any) -> tuple[Any, ...]:
         with self.batch():

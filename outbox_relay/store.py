@@ -102,7 +102,7 @@ LIMIT %(limit)s
 # aggregate.
 _READ_PENDING: Final = (
     """
-SELECT {columns} CASE WHEN held IS NULL THEN payload::text END, {rest}
+SELECT {columns} CASE WHEN held IS NULL THEN payload::text END, {rest}, false
 FROM (
     SELECT e.*,
            -- Not a join: whatever the statistics say, a scalar subquery is one probe of the primary key. Where nothing
@@ -126,7 +126,7 @@ ORDER BY id
 )
 
 _READ_DUE: Final = """
-SELECT {columns} payload::text, {rest},
+SELECT {columns} payload::text, {rest}, coalesce(id = head_id AND tries > 0, false),
        hold_type, hold_id, head_id, tries, attempts, alone,
        date_part('epoch', first_refused_at), date_part('epoch', refused_at)
 FROM (

@@ -61,7 +61,9 @@ class DeadlineTransport(httpx.BaseTransport):
         except BaseException:
             self.close()
             raise
-        return httpx.Response(response.status, headers=response.getheaders(), stream=_Body(response, self))
+        # As they came: httpx takes text for ASCII, and a server may send what it likes.
+        received = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in response.getheaders()]
+        return httpx.Response(response.status, headers=received, stream=_Body(response, self))
 
     def close(self) -> None:
         if self._connection is not None:
@@ -118,7 +120,9 @@ class _Socket:
         return io.BufferedReader(_Reader(self._inner, self._deadline), _READ)
 
     def readable(self) -> bool:
-        return bool(select.select([self._inner.fileno()], [], [], 0)[0])
+        poll = select.poll()  # select itself knows no descriptor above 1,023
+        poll.register(self._inner, select.POLLIN)
+        return bool(poll.poll(0))
 
     def close(self) -> None:
         self._inner.close()
@@ -135,6 +139,10 @@ class _Reader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         self._inner.settimeout(self._deadline.left())
         return self._inner.recv_into(buffer)
+
+    def readall(self) -> bytes:
+        """Refuse: only a chunk of negative size asks for all, and that may be more than the memory holds."""
+        raise ValueError("a chunk of negative size")
 
 
 class _Body(httpx.SyncByteStream):
@@ -166,7 +174,7 @@ def _errors(expired: type[httpx.TimeoutException], broken: type[httpx.NetworkErr
         yield
     except TimeoutError as error:
         raise expired(str(error)) from error
-    except http.client.HTTPException as error:
+    except (http.client.HTTPException, ValueError) as error:
         raise httpx.RemoteProtocolError(f"{type(error).__name__}: {error}") from error
     except OSError as error:
         raise broken(str(error)) from error

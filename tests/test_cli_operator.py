@@ -400,14 +400,15 @@ def test_the_file_that_init_writes_has_every_setting_and_loads(cli: Cli, tmp_pat
     uncommented = "".join(
         f"{line.removeprefix('# ')}\n"
         for line in path.read_text().splitlines()
-        if " = " in line or "[types.order]" in line
+        if " = " in line or line in {"# [types.order]", "# [namespaces.feed]"}
     )
     values = tomllib.loads(uncommented)
     path.write_text(uncommented.replace("centrifugo_api_key_file", "# the key itself is given"))
     assert values.keys() == config.docs(config.Settings).keys()
     assert values["types"]["order"].keys() == config.docs(config.TypeSettings).keys()
+    assert values["namespaces"]["feed"].keys() == config.docs(config.NamespaceSettings).keys()
     settings, defaults = config.load({}, environ={}, file=path), config.Settings()
-    for name in values.keys() - {"types", "centrifugo_api_key_file"}:
+    for name in values.keys() - {"types", "namespaces", "centrifugo_api_key_file"}:
         assert getattr(settings, name) == getattr(defaults, name) or getattr(defaults, name) is None
     for name, text in config.docs(config.Settings).items():
         assert text, name
@@ -431,6 +432,7 @@ def test_init_overwrites_nothing_unless_it_is_told_to(cli: Cli, tmp_path: Path) 
 def test_show_says_where_each_value_comes_from(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "outbox-relay.toml").write_text(
         'workers = 3\nschema = "a"\nkeep = 0\n[types.order]\nafter_dead = "wait"\n'
+        "[namespaces.feed]\nbundle_events = 9\n"
     )
     key = tmp_path / "key"
     key.write_text("k3y-of-centrifugo\n")
@@ -443,6 +445,7 @@ def test_show_says_where_each_value_comes_from(cli: Cli, tmp_path: Path) -> None
     assert shown["keep"] == (60, "environment OUTBOX_RELAY_KEEP")
     assert shown["lanes"] == (64, "default")
     assert shown["types"] == ({"order": {"after_dead": "wait"}}, "file outbox-relay.toml")
+    assert shown["namespaces"] == ({"feed": {"bundle_events": 9}}, "file outbox-relay.toml")
     assert shown["centrifugo_api_key"] == ("***", "environment OUTBOX_RELAY_CENTRIFUGO_API_KEY_FILE")
     rows = {row[0]: row[1:] for row in cli("config", "show", **environment).table}
     assert rows["keep"] == ["60", "environment OUTBOX_RELAY_KEEP"]

@@ -24,7 +24,8 @@ from outbox_relay.embedded.centrifugo import Centrifugo
 from outbox_relay.embedded.postgres import Postgres
 from outbox_relay.migrations import migrate
 from outbox_relay.outcome import Event, Settlement
-from outbox_relay.relay import Ended, Limits, Options, Relay, Unobserved
+from outbox_relay.packing import Limits
+from outbox_relay.relay import Ended, Options, Relay, Unobserved
 from outbox_relay.store import Store
 from tests.conftest import database, in_database, sqlalchemy_engine
 from tests.support.gateway import Gateway

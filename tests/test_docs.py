@@ -21,11 +21,12 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
 from outbox_relay import cli, config, enqueue, epoch
-from outbox_relay.centrifugo import encode_batch
-from outbox_relay.config import PREFIX, Doc, Settings, TypeSettings
+from outbox_relay.config import PREFIX, Doc, NamespaceSettings, Settings, TypeSettings
 from outbox_relay.embedded.centrifugo import Centrifugo
 from outbox_relay.outbox import KINDS, STATES
 from outbox_relay.outcome import Event
+from outbox_relay.packing import Wire
+from outbox_relay.wire import commands, encode_batch
 from tests.conftest import Connect, RunRelay
 from tests.support.subscriber import Subscriber, as_json
 from tests.support.waiting import PATIENCE, wait_until
@@ -67,7 +68,16 @@ def types_table() -> str:
     return "\n".join(rows)
 
 
-GENERATED = {"settings": settings_table, "types": types_table}
+def namespaces_table() -> str:
+    """Every setting of a namespace as a Markdown table."""
+    rows = ["| setting | default | bounds | what it is |", "|---|---|---|---|"]
+    for setting in fields(NamespaceSettings):
+        bounds, doc = _bounds(NamespaceSettings, setting), _doc(NamespaceSettings, setting)
+        rows.append(f"| `{setting.name}` | {_default(setting)} | {bounds} | {doc} |")
+    return "\n".join(rows)
+
+
+GENERATED = {"settings": settings_table, "types": types_table, "namespaces": namespaces_table}
 
 
 def generated(text: str) -> str:
@@ -197,6 +207,31 @@ def test_the_batch_is_what_the_relay_sends() -> None:
     assert json.loads(encode_batch(events, parallel=True)) == json.loads(WIRE["batch"].code)
 
 
+def test_the_bundle_is_what_a_channel_gets() -> None:
+    documented = json.loads(WIRE["bundle"].code)
+    events = [
+        Event(
+            n,
+            entry["tags"]["ob_event"],
+            entry["tags"]["ob_type"],
+            entry["tags"]["ob_id"],
+            0,
+            int(entry["tags"]["ob_version"]),
+            entry["tags"]["ob_kind"],
+            ["feed:1"],
+            json.dumps(entry["data"]),
+            None,
+            None,
+            0.0,
+            epoch=entry["tags"]["ob_epoch"],
+        )
+        for n, entry in enumerate(documented["data"]["ob"])
+    ]
+    [command] = commands(events, {"feed": Wire(bundle_events=2)})
+    published = json.loads(command.text)["publish"]
+    assert {"data": published["data"], "tags": published["tags"]} == documented
+
+
 @pytest.mark.parametrize("example", ["publication", "gap"])
 def test_the_publication_is_what_a_subscriber_gets(
     example: str, engine: sa.Engine, channel: str, subscribe: Callable[..., Subscriber], run_relay: RunRelay
@@ -302,7 +337,7 @@ def test_every_state_and_kind_is_explained() -> None:
 
 def test_examples_are_marked_alike() -> None:
     assert all(isinstance(example, Example) for example in WIRE.values())
-    assert WIRE.keys() == {"publication", "gap", "batch", "subscriber"}
+    assert WIRE.keys() == {"publication", "gap", "bundle", "batch", "subscriber"}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -201,8 +203,15 @@ def test_another_cluster_and_a_promotion_have_another_epoch(clusters: tuple[Post
     first.start()
     with psycopg.connect(first.url(), autocommit=True) as connection:
         assert epoch_of(connection) == original
-        connection.execute("SELECT pg_promote()")
-        promoted = epoch_of(connection)
+        # A standby is promoted before its first checkpoint, which may take minutes.
+        row = connection.execute("SELECT pid FROM pg_stat_activity WHERE backend_type = 'checkpointer'").fetchone()
+        assert row is not None
+        os.kill(row[0], signal.SIGSTOP)
+        try:
+            connection.execute("SELECT pg_promote()")
+            promoted = epoch_of(connection)
+        finally:
+            os.kill(row[0], signal.SIGCONT)
         assert promoted != original
         connection.execute("CHECKPOINT")
         assert epoch_of(connection) == promoted

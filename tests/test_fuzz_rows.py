@@ -15,10 +15,10 @@ from typing import Any, Final, NamedTuple
 
 import pytest
 
-from outbox_relay.centrifugo import encode_batch
 from outbox_relay.outcome import Event
 from outbox_relay.relay import Ended
 from outbox_relay.store import Store
+from outbox_relay.wire import encode_batch
 from tests.conftest import Connect, RunRelay
 from tests.support.subscriber import Subscriber, items, members
 from tests.support.writing import Connection

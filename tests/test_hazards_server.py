@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import pwd
+import resource
 import shutil
 import socket
 import subprocess
@@ -210,9 +211,8 @@ def test_hazard_21_no_connection_is_to_be_had(
     subscriber, connection = subscribe(channel), connect()
     role = f"relay_{uuid.uuid4().hex}"
     connection.execute(f"CREATE ROLE {role} LOGIN CONNECTION LIMIT 0")
-    connection.execute(f"GRANT SELECT, UPDATE, DELETE ON outbox TO {role}")
-    connection.execute(f"GRANT SELECT, UPDATE ON outbox_lane TO {role}")
-    connection.execute(f"GRANT SELECT, INSERT, UPDATE, DELETE ON outbox_hold TO {role}")
+    connection.execute(f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {role}")
+    connection.execute(f"GRANT SELECT ON ALL SEQUENCES IN SCHEMA public TO {role}")
     options = Options(workers=3, pause_min=0.02, pause_max=0.1)
     by_role = sa.make_url(database_url).set(username=role).render_as_string(hide_password=False)
     try:
@@ -232,6 +232,24 @@ def test_hazard_21_no_connection_is_to_be_had(
         connection.execute(f"DROP OWNED BY {role}")
         connection.execute(f"DROP ROLE {role}")
     assert violations(committed, map(fact, subscriber.received)) == []
+
+
+def test_hazard_21_an_application_with_many_open_files(
+    connect: Connect, run_relay: RunRelay, subscribe: Subscribe, channel: str
+) -> None:
+    """A relay inside of it gets descriptors above 1,023, of which select() knows nothing."""
+    subscriber, connection = subscribe(channel), connect()
+    committed = [write(connection, "1", version, channel) for version in (1, 2)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1_100)]
+    try:
+        assert run_relay() is Ended.EMPTY
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert violations(committed, map(fact, subscriber.wait_for(2))) == []
 
 
 def sessions(connection: Connection, role: str) -> int:

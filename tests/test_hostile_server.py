@@ -9,12 +9,12 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 
 import pytest
 
 from outbox_relay.centrifugo import Centrifugo as Publisher
-from outbox_relay.outcome import Event, Outage, Refusal, Reply
+from outbox_relay.outcome import Event, Outage, Refusal, Reply, boottime
 from tests.conftest import Connect, MakeRelay
 from tests.support.gateway import Exchange, Gateway
 from tests.support.waiting import wait_until
@@ -106,6 +106,24 @@ def test_a_message_that_postgresql_cannot_store_stops_nobody(
         wait_until(lambda: states(connection) == {"parked": 1}, "the refused event is parked")
         gateway.fault = None
         wait_until(lambda: states(connection) == {"delivered": 1}, "the event is delivered")
+
+
+def test_a_chunk_of_negative_size_does_not_fill_the_memory(gateway: Gateway) -> None:
+    """Python's HTTP would read on until the connection ends, and here it never does."""
+    sent = 0
+
+    def endless(exchange: Exchange) -> None:
+        nonlocal sent
+        exchange.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n")
+        with suppress(OSError):
+            while True:
+                exchange.write(b"x" * 65_536)
+                sent += 65_536
+
+    gateway.fault = endless
+    with closing(Publisher(gateway.url, "key")) as publisher:
+        assert isinstance(publisher.publish([EVENT], boottime() + 0.5), Outage)
+    assert sent < 20_000_000
 
 
 def test_many_small_objects_in_the_place_of_a_reply(gateway: Gateway) -> None:

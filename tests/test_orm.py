@@ -6,11 +6,14 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import psycopg
 import pytest
 import sqlalchemy as sa
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 from sqlalchemy.orm.exc import StaleDataError
@@ -25,6 +28,7 @@ from outbox_relay import (
     enqueue_objects,
     publishes,
 )
+from outbox_relay.drift import Source, find
 from outbox_relay.migrations import migrate
 from tests.conftest import Connect, RunRelay, database, in_database, sqlalchemy_engine
 from tests.support.subscriber import Subscriber
@@ -32,6 +36,9 @@ from tests.support.waiting import in_background, wait_until
 from tests.support.writing import backend_waits
 
 Subscribe = Callable[..., Subscriber]
+
+
+LATER = datetime(2030, 1, 2, tzinfo=UTC)
 
 
 class Base(DeclarativeBase):
@@ -108,6 +115,7 @@ class Line(Base):
     channels="plain:notes",
     payload=lambda note: note.text,
     kind=lambda note: "tombstone" if note.gone else "snapshot",
+    expires_at=lambda _: LATER,
 )
 class Note(Base):
     """Kept and marked as deleted."""
@@ -289,7 +297,7 @@ def test_a_change_says_which_version_it_applies_to(shop: sa.Engine, connect: Con
 
 
 def test_a_kind_of_the_objects_own(shop: sa.Engine, connect: Connect) -> None:
-    """An object that is kept and marked as deleted has its tombstone, and goes on above it."""
+    """An object that is kept and marked as deleted has its tombstone, which does not expire, and goes on above it."""
     with Session(shop) as session:
         note = Note(text="a")
         session.add(note)
@@ -297,10 +305,10 @@ def test_a_kind_of_the_objects_own(shop: sa.Engine, connect: Connect) -> None:
         for gone in (True, False):
             note.gone = gone
             session.commit()
-    assert written(connect(), "payload") == [
-        ("notes", "1", 1, "snapshot", "a"),
-        ("notes", "1", 2, "tombstone", {}),
-        ("notes", "1", 3, "snapshot", "a"),
+    assert written(connect(), "payload, expires_at") == [
+        ("notes", "1", 1, "snapshot", "a", LATER),
+        ("notes", "1", 2, "tombstone", {}, None),
+        ("notes", "1", 3, "snapshot", "a", LATER),
     ]
 
 
@@ -495,6 +503,59 @@ def test_an_invalid_event_stops_the_flush(shop: sa.Engine, connect: Connect) -> 
         with pytest.raises(PayloadTooLargeError):
             session.commit()
     assert connect().execute("SELECT count(*) FROM notes").fetchone() == (0,)
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("put"), st.sampled_from("ab"), st.sampled_from("xyz")),
+        st.tuples(st.just("delete"), st.sampled_from("ab")),
+        st.sampled_from([("flush",), ("savepoint",), ("release",), ("undo",), ("commit",), ("rollback",), ("expire",)]),
+    ),
+    min_size=5,
+    max_size=30,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(STEPS)
+def test_whatever_a_session_does(
+    shop: sa.Engine, database_url: str, connect: Connect, steps: list[tuple[str, ...]]
+) -> None:
+    """In the end each object's last event says what it is, or that it is gone, and its versions only rose."""
+    connection = connect()
+    connection.execute("TRUNCATE outbox, carts")
+    with Session(shop) as session:
+        for step, *arguments in steps:
+            match step, arguments:
+                case "put", [key, text]:
+                    cart = session.get(Cart, key)
+                    if cart is None:
+                        session.add(Cart(id=key, channel=text))
+                    else:
+                        cart.channel = text
+                case "delete", [key]:
+                    cart = session.get(Cart, key)
+                    if cart is not None:
+                        session.delete(cart)
+                case "savepoint", _:
+                    session.begin_nested()
+                case "release" | "undo", _:
+                    if (savepoint := session.get_nested_transaction()) is not None:
+                        savepoint.commit() if step == "release" else savepoint.rollback()
+                case "expire", _:
+                    session.flush()
+                    session.expire_all()
+                case _:
+                    getattr(session, step)()
+        session.commit()
+    assert find(database_url, Source(table="carts", aggregate_type="carts"), keep=3600.0).drifts == []
+    events = written(connection, "payload")
+    last = {event[1]: event for event in events}
+    shown = {key: payload for key, (*_, kind, payload) in last.items() if kind != "tombstone"}
+    assert shown == dict(connection.execute("SELECT id, channel FROM carts").fetchall())
+    for key in last:
+        versions = [event[2] for event in events if event[1] == key]
+        assert versions == sorted(set(versions))
 
 
 # Bulk statements

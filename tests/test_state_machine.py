@@ -37,7 +37,8 @@ from outbox_relay.outcome import (
     Settlement,
     namespace,
 )
-from outbox_relay.relay import Limits, Options, Pause, Shared, Worker
+from outbox_relay.packing import Limits
+from outbox_relay.relay import Options, Pause, Shared, Worker
 from outbox_relay.store import Batch, Claim, Clock, Lane, Store
 
 Aggregate = tuple[str, str]

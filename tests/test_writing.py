@@ -446,6 +446,7 @@ def test_enqueue_for_flushes_first(shop: sa.Engine, connect: Connect, channel: s
             tags={"a": "b"},
             expires_at=LATER,
             event_id=EVENT_ID,
+            base_version=1,
         )
         enqueue_for(session, order, channels=channel, payload={"ready": True}, kind="tombstone")
         session.commit()
@@ -456,7 +457,7 @@ def test_enqueue_for_flushes_first(shop: sa.Engine, connect: Connect, channel: s
             ("Order", str(order.id), 2, "snapshot", {"status": "paid", "version": 2, "total": "9.90"}, 2),
             ("orders", str(order.id), 2, "tombstone", {"ready": True}, 1),
         ]
-        assert rows(connect(), "tags, expires_at, event_id")[1] == ({"a": "b"}, LATER, EVENT_ID)
+        assert rows(connect(), "tags, expires_at, event_id, base_version")[1] == ({"a": "b"}, LATER, EVENT_ID, 1)
 
 
 @pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])

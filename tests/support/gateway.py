@@ -21,7 +21,7 @@ from tests.support.waiting import PATIENCE, wait_until
 
 
 class Command(NamedTuple):
-    """One event of one request, as the relay asked for it."""
+    """One publication of one request, as the relay asked for it. A bundle has no aggregate; its version is 0."""
 
     channels: tuple[str, ...]
     key: str
@@ -174,9 +174,9 @@ def _command(command: dict[str, Any]) -> Command:
     return Command(
         tuple(request.get("channels") or [request["channel"]]),
         request["idempotency_key"],
-        (tags["ob_type"], tags["ob_id"]),
-        int(tags["ob_version"]),
-        tags["ob_kind"],
+        (tags.get("ob_type", ""), tags.get("ob_id", "")),
+        int(tags.get("ob_version", 0)),
+        tags.get("ob_kind", "bundle"),
     )
 
 

@@ -1,0 +1,130 @@
+"""How a batch's events are packed into requests, and which of them may travel together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from outbox_relay.outcome import Event, namespace
+
+ENTRY_BYTES: Final = 320
+"""What an event's tags and brackets take in a bundle, beside its payload and the application's own tags; about."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one request: publications, bytes of payload, bytes of payload to one channel.
+
+    One event always fits. Bytes per channel matter because Centrifugo disconnects a subscriber whose queue
+    grows past `client.queue_max_size`, 1 MiB by default.
+    """
+
+    events: int = 1_000
+    bytes: int = 1024 * 1024
+    channel_bytes: int = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """How a namespace's channels are published to. `bundle_events`: how many events a bundle holds; 1 makes none."""
+
+    bundle_events: int = 1
+
+
+Wires = Mapping[str, Wire]
+"""By namespace. One that is not in it gets a publication for each event."""
+PLAIN: Final = Wire()
+
+
+def waves(events: Iterable[Event], limits: Limits, wires: Wires | None = None) -> list[list[Event]]:
+    """Pack events into requests: the earliest that has room, after the one with the aggregate's last event.
+
+    At most one event of an aggregate in a request, because Centrifugo goes on after a failing command and its
+    successor would overtake it; but for those that share their fate because they are in the same bundles. Events of
+    one aggregate keep their order.
+    """
+    requests: list[list[Event]] = []
+    room: list[int] = []  # bytes left, by request
+    used: list[dict[str, int]] = []  # bytes by channel, by request
+    next_of: dict[tuple[str, str], int] = {}  # the earliest request for an aggregate's next event
+    bundles = _Bundles(wires) if wires else None
+    for event in events:
+        size = len(event.payload) if event.payload.isascii() else len(event.payload.encode())
+        aggregate = (event.aggregate_type, event.aggregate_id)
+        n = next_of.get(aggregate, 0)
+        if bundles:
+            size += ENTRY_BYTES + len(event.tags or "")
+            n -= bundles.take(event)
+        while n < len(requests) and not (
+            size <= room[n]
+            and (bundles.fit(n, limits.events) if bundles else len(requests[n]) < limits.events)
+            and all(used[n].get(channel, 0) + size <= limits.channel_bytes for channel in event.channels)
+        ):
+            n += 1
+        if n == len(requests):
+            requests.append([])
+            room.append(limits.bytes)
+            used.append({})
+        requests[n].append(event)
+        room[n] -= size
+        for channel in event.channels:
+            used[n][channel] = used[n].get(channel, 0) + size
+        next_of[aggregate] = n + 1
+        if bundles:
+            bundles.add(n)
+    return requests
+
+
+class _Bundles:
+    """What the bundles of each request hold while they are filled, and the event that is to be packed now."""
+
+    def __init__(self, wires: Wires) -> None:
+        self._wires = wires
+        self._bounds: dict[str, int] = {}  # by channel
+        self._last: dict[tuple[str, str], list[str]] = {}  # an aggregate's last event: its channels, if all bundle it
+        self._counts: list[dict[str, int]] = []  # events by channel that bundles, by request
+        self._publications: list[int] = []  # by request
+        self._channels: list[str] = []
+        self._whole = False
+
+    def take(self, event: Event) -> bool:
+        """Turn to an event, and say whether it may be in its predecessor's request: they share all their bundles."""
+        channels = event.unsent
+        if event.tried:
+            self._channels, self._whole = [], False
+        else:
+            for channel in channels:
+                if channel not in self._bounds:
+                    self._bounds[channel] = bound_of(event, channel, self._wires)
+            self._channels = [channel for channel in channels if self._bounds[channel] > 1]
+            self._whole = len(self._channels) == len(channels)
+        together = self._whole and self._last.get(event.aggregate) == channels
+        self._last[event.aggregate] = channels if self._whole else []
+        return together
+
+    def fit(self, n: int, limit: int) -> bool:
+        """Whether request `n` has room, of `limit` publications."""
+        counts = self._counts[n]
+        for channel in self._channels:
+            if counts.get(channel, 0) >= self._bounds[channel]:
+                return False
+        return self._publications[n] < limit or self._joins(counts)
+
+    def add(self, n: int) -> None:
+        if n == len(self._counts):
+            self._counts.append({})
+            self._publications.append(0)
+        counts = self._counts[n]
+        if not self._joins(counts):
+            self._publications[n] += 1
+        for channel in self._channels:
+            counts[channel] = counts.get(channel, 0) + 1
+
+    def _joins(self, counts: dict[str, int]) -> bool:
+        return self._whole and all(channel in counts for channel in self._channels)
+
+
+def bound_of(event: Event, channel: str, wires: Wires) -> int:
+    """How many events a bundle of a channel may hold with this one in it; 1 where it travels by itself."""
+    return 1 if event.tried else wires.get(namespace(channel), PLAIN).bundle_events
