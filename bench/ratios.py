@@ -161,6 +161,14 @@ _WRITERS: Final = (
     ("8", "us", "centrifugo-notify", "with our event, no relay asleep ÷ with Centrifugo's row and NOTIFY", 1.3, 1.7),
     ("8-read", "us-wake", "centrifugo-notify", "with our event ÷ with NOTIFY, each side's reader at work", 1.3, 1.7),
     ("8", "us", "centrifugo-stream", "with our event ÷ with `cf_stream_publish`", 4, 5),
+    (
+        "8-read",
+        "us-wake",
+        "centrifugo-stream",
+        "with our event ÷ with `cf_stream_publish`, each side's reader at work",
+        4,
+        5,
+    ),
 )
 """Our trigger for the wake-up is in every row. The worst case, a NOTIFY from every writer, is measured and not scored:
 it takes a relay that sleeps through it all, and the first NOTIFY ends the sleep."""
