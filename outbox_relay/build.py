@@ -152,5 +152,6 @@ def policy(settings: Settings, own: TypeSettings | None = None) -> Policy:
         backoff_max=settings.backoff_max if own.backoff_max is None else own.backoff_max,
         wait_after_dead=own.after_dead == "wait",
         max_age=(settings.max_age if own.max_age is None else own.max_age) or math.inf,
+        conflate=own.conflate,
         gap=settings.gap if own.gap is None else own.gap,
     )

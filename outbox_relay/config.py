@@ -46,6 +46,9 @@ class TypeSettings:
         Literal["go_on", "wait"], Doc("go_on, or wait until a person has requeued or discarded the dead event")
     ] = "go_on"
     max_age: Annotated[Age | None, Doc("seconds after which an event is not sent any more; 0: it never expires")] = None
+    conflate: Annotated[
+        bool, Doc("send only the newest of an object's waiting snapshots and tombstones; the rest is superseded")
+    ] = False
     gap: Annotated[bool | None, Doc("tell channels of an event that they will not get (ob_kind=gap)")] = None
 
 

@@ -19,12 +19,12 @@ from prometheus_client.registry import Collector
 
 from outbox_relay.health import Health
 from outbox_relay.log import get_logger
-from outbox_relay.outcome import Doubted, Event, GivenUp, Outage, Outcome, Settlement
+from outbox_relay.outcome import Event, GivenUp, Outage, Outcome, Settlement, Unsettled
 
 log = get_logger()
 
 PREFIX: Final = "outbox_relay_"
-OUTCOMES: Final = ("delivered", "held", "dead", "expired", "discarded")
+OUTCOMES: Final = ("delivered", "held", "dead", "expired", "discarded", "superseded")
 RESULTS: Final = ("answered", "failed")
 REST: Final = 10
 """After a question to the database so many times its duration pass before the next: a tenth of a session at most."""
@@ -91,7 +91,7 @@ class Metrics(Collector):
         lags = [max(0.0, now - event.created_at) for event in delivered]
         with self._lock:
             self._events["delivered"] += len(delivered)
-            known = (settlement.outcome for settlement in settlements if not isinstance(settlement.outcome, Doubted))
+            known = (settlement.outcome for settlement in settlements if not isinstance(settlement.outcome, Unsettled))
             self._events.update(map(_label, known))
             self._batch_events.add((len(delivered) + len(settlements),))
             self._lag.add(lags)

@@ -129,7 +129,8 @@ class Policy:
     """When an event is given up, and how long its aggregate waits in between; seconds.
 
     `wait_after_dead`: the aggregate's later events wait for a person to requeue or discard the dead one. `max_age`: an
-    event older than that has expired. `gap`: channels are told of an event that they will not get.
+    event older than that has expired. `gap`: channels are told of an event that they will not get. `conflate`: an event
+    that a later snapshot or tombstone makes needless is not sent.
     """
 
     max_attempts: int = 10
@@ -139,6 +140,7 @@ class Policy:
     wait_after_dead: bool = False
     max_age: float = math.inf
     gap: bool = True
+    conflate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,12 +174,18 @@ class GivenUp:
     wait: bool = False
 
 
+SUPERSEDED: Final = GivenUp("superseded")
+"""The end of an event in whose place a later one was accepted by all its channels."""
+
+
 @dataclass(frozen=True, slots=True)
-class Doubted:
-    """The event was in a bundle that was refused. It is sent again in a smaller one."""
+class Unsettled:
+    """The event stays as it is. Only some channels have accepted it, or the one in its place, and are remembered."""
 
 
-Outcome = Held | Owed | GivenUp | Doubted
+UNSETTLED: Final = Unsettled()
+
+Outcome = Held | Owed | GivenUp | Unsettled
 """What becomes of an event that was refused, or that is not sent. The others are delivered."""
 
 
@@ -277,7 +285,7 @@ def judge(
             outage = Outage(f"Centrifugo accepts nothing: error {INTERNAL}, {internal[0].message}")
             continue
         if reply.bundled:
-            settlements.append(Settlement(event, Doubted(), reply.accepted))
+            settlements.append(Settlement(event, UNSETTLED, reply.accepted))
             continue
         others = min(accepted_at.get(namespace(refusal.channel), 0.0) for refusal in reply.refusals)
         own_hold = hold if hold is not None and hold.head_id == event.id else None

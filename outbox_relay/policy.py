@@ -6,19 +6,29 @@ Pure: the relay asks once per batch, before it publishes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, NamedTuple
 
-from outbox_relay.outcome import Event, Policy, Settlement, given_up
+from outbox_relay.outcome import SUPERSEDED, UNSETTLED, Event, GivenUp, Policy, Reply, Settlement, given_up
+
+CANDIDATES: Final = 8
+"""So many snapshots of one aggregate with different channels are compared with its earlier events."""
 
 PolicyOf = Callable[[str], Policy]
 
 
 class Plan(NamedTuple):
-    """A batch's events to send, in order, gaps among them; and the ends of those of which nothing is said."""
+    """A batch's events to send, in order, gaps among them; and the ends of those of which nothing is said.
+
+    `covered`: by the id of an event that is sent, those in whose place it is sent too.
+    """
 
     events: list[Event]
     ends: list[Settlement]
+    covered: Covered
+
+
+Covered = dict[int, list[Event]]
 
 
 def plan(events: list[Event], now: float, policy_of: PolicyOf) -> Plan:
@@ -29,8 +39,11 @@ def plan(events: list[Event], now: float, policy_of: PolicyOf) -> Plan:
     """
     policies = {name: policy_of(name) for name in {event.aggregate_type for event in events}}
     lasting = all(policy.max_age == math.inf for policy in policies.values())
+    covered: Covered = {}
+    if any(policy.conflate for policy in policies.values()):
+        events = _conflate(events, now, policies, covered)
     if lasting and all(event.ending is None and event.expires_at is None for event in events):
-        return Plan(events, [])
+        return Plan(events, [], covered)
     sent: list[Event] = []
     ends: list[Settlement] = []
     stopped: set[tuple[str, str]] = set()
@@ -48,7 +61,70 @@ def plan(events: list[Event], now: float, policy_of: PolicyOf) -> Plan:
             sent.append(gap)
         else:
             ends.append(end(gap, policy))
-    return Plan(sent, ends)
+    return Plan(sent, ends, covered)
+
+
+def _conflate(events: Sequence[Event], now: float, policies: Mapping[str, Policy], covered: Covered) -> list[Event]:
+    """The events that no later one makes needless; the others are noted in `covered`.
+
+    A later one does that if it is a snapshot or a tombstone, its version is not lower, and all channels of the earlier
+    one hear of it.
+    """
+    kept: list[Event] = []
+    newest: dict[tuple[str, str], list[Event]] = {}
+    for event in reversed(events):
+        policy = policies[event.aggregate_type]
+        if not policy.conflate:
+            kept.append(event)
+            continue
+        if event.ending == "dead" and policy.wait_after_dead:
+            newest.pop(event.aggregate, None)  # nothing behind it is sent
+        candidates = newest.setdefault(event.aggregate, [])
+        for later in candidates:
+            if later.version >= event.version and (
+                later.channels == event.channels or set(event.channels).issubset(later.channels)
+            ):
+                covered.setdefault(later.id, []).append(event)
+                break
+        else:
+            kept.append(event)
+            full = event.kind in {"snapshot", "tombstone"}
+            if full and event.ending is None and not expired(event, now, policy) and len(candidates) < CANDIDATES:
+                candidates.append(event)
+    kept.reverse()
+    return kept
+
+
+def superseded(
+    covered: Covered,
+    delivered: Sequence[Event],
+    refused: Sequence[tuple[Event, Reply]],
+    now: float,
+    policy_of: PolicyOf,
+) -> list[Settlement]:
+    """What becomes of the covered events: over, once all their channels have accepted the one in their place.
+
+    Else the channels that did are remembered: they are not sent the older event any more.
+    """
+    found: list[Settlement] = []
+    for later in delivered:
+        found += [Settlement(event, _covered_end(event, now, policy_of), ()) for event in covered.get(later.id, ())]
+    for later, reply in refused:
+        took = {*reply.accepted, *(later.accepted or ())}
+        for event in covered.get(later.id, ()):
+            accepted = tuple(channel for channel in event.unsent if channel in took)
+            if len(accepted) == len(event.unsent):
+                found.append(Settlement(event, _covered_end(event, now, policy_of), ()))
+            elif accepted:
+                found.append(Settlement(event, UNSETTLED, accepted))
+    return found
+
+
+def _covered_end(event: Event, now: float, policy_of: PolicyOf) -> GivenUp:
+    """Superseded, unless it was to end otherwise: then it owes no gap any more."""
+    if event.ending is not None:
+        return given_up(event.ending, policy_of(event.aggregate_type))
+    return GivenUp("expired") if expired(event, now, policy_of(event.aggregate_type)) else SUPERSEDED
 
 
 def expired(event: Event, now: float, policy: Policy) -> bool:

@@ -20,6 +20,7 @@ from outbox_relay.log import get_logger
 from outbox_relay.outcome import (
     ACCEPTED,
     INTERNAL,
+    SUPERSEDED,
     UNANSWERED,
     Event,
     GivenUp,
@@ -37,7 +38,7 @@ from outbox_relay.outcome import (
     namespace,
 )
 from outbox_relay.packing import Limits, Wires, waves
-from outbox_relay.policy import end, plan
+from outbox_relay.policy import end, plan, superseded
 from outbox_relay.store import Batch, Clock, Store
 from outbox_relay.upkeep import Chores
 from outbox_relay.versions import Versions
@@ -47,6 +48,7 @@ log = get_logger()
 WAVE_SHRINKAGE: Final = 4
 """A wave with less than this part of the first one's events waits for the next batch, with fuller company."""
 PROBE_LANES: Final = 4
+LOOKAHEAD: Final = 8
 OTHERS_WAIT: Final = 0.02
 SLEEP_AT_MOST: Final = 0.5
 SIGN_OF_LIFE_EVERY: Final = 1.0
@@ -77,6 +79,11 @@ class Options:
     policies: Mapping[str, Policy] = field(default_factory=dict)
     """By aggregate type, where it differs from `policy`."""
     wires: Wires = field(default_factory=dict)
+
+    @property
+    def lookahead(self) -> int:
+        """How many times as many events are read where most of them need not be sent."""
+        return LOOKAHEAD if any(policy.conflate for policy in self.policies.values()) else 1
 
     def policy_of(self, aggregate_type: str) -> Policy:
         return self.policies.get(aggregate_type, self.policy)
@@ -183,13 +190,13 @@ class Worker:
             self._after = claim.lanes[-1].lane
             batch = self._store.read(
                 claim.lanes,
-                events=min(options.batch_events, lanes * options.events_per_lane),
-                per_lane=options.events_per_lane,
+                events=min(options.batch_events, lanes * options.events_per_lane) * options.lookahead,
+                per_lane=options.events_per_lane * options.lookahead,
                 max_bytes=options.batch_bytes,
             )
             if self._untried:
                 self._store.rehearse([event.id for event in batch.events])
-            batch.events, ends = plan(batch.events, claim.clock.now(), options.policy_of)
+            batch.events, ends, covered = plan(batch.events, claim.clock.now(), options.policy_of)
             sent = self._publish(batch, claim.clock)
             settlements, trouble = judge(
                 sent.refused,
@@ -200,6 +207,9 @@ class Worker:
                 anything_accepted=sent.anything_accepted,
             )
             settlements += [*ends, *(end(gap, options.policy_of(gap.aggregate_type)) for gap in sent.told)]
+            if covered:
+                now = claim.clock.now()
+                settlements += superseded(covered, sent.delivered, sent.refused, now, options.policy_of)
             outage = sent.outage or trouble
             # Before the lanes are free for another worker, which would not know.
             self._shared.pause.report(outage, sound=sent.sound)
@@ -282,7 +292,7 @@ def _log_outcomes(delivered: int, settlements: Iterable[Settlement]) -> None:
                 log.error("event is given up, its channels are told", **about, error=error)
             case GivenUp(state="dead", error=error):
                 log.error("event is dead", **about, error=error)
-            case GivenUp(state=state, error=error):
+            case GivenUp(state=state, error=error) if outcome is not SUPERSEDED:
                 log.info(f"event is {state}", **about, error=error)
     if delivered:
         log.debug("delivered", events=delivered)

@@ -15,7 +15,7 @@ import psycopg
 from psycopg import errors
 
 from outbox_relay.database import DatabaseUnavailableError, one_line
-from outbox_relay.outcome import Event, GivenUp, Held, Hold, Owed, Settlement, boottime
+from outbox_relay.outcome import SUPERSEDED, Event, GivenUp, Held, Hold, Owed, Settlement, boottime
 from outbox_relay.start_hint import START, StartHint
 from outbox_relay.upkeep import Upkeep
 
@@ -169,6 +169,11 @@ UPDATE {outbox} SET state = 'delivered', settled_at = clock_timestamp(), accepte
 WHERE id = ANY(%(ids)s::bigint[]) AND state IN ('pending', 'parked')
 """
 
+_SUPERSEDED: Final = """
+UPDATE {outbox} SET state = 'superseded', settled_at = clock_timestamp(), accepted = NULL, error = NULL
+WHERE id = ANY(%(ids)s::bigint[]) AND state IN ('pending', 'parked')
+"""
+
 # The reason of a dead event stays beside the one for which its gap is untold.
 _ENDED: Final = """
 UPDATE {outbox} AS o
@@ -264,6 +269,7 @@ class Store(Upkeep):
     def __init__(self, database_url: str, *, keep_delivered: bool = True, **options: Any) -> None:
         super().__init__(database_url, **options)
         self._delivered = _DELIVERED if keep_delivered else _DELIVERED_AND_DELETED
+        self._superseded = _SUPERSEDED if keep_delivered else _DELIVERED_AND_DELETED
         self._hint = StartHint(self.execute, self.table, usable=self.direct)
 
     def claim(self, after: int, lanes: int) -> Claim:
@@ -347,7 +353,12 @@ class Store(Upkeep):
     ) -> None:
         if delivered:
             self.execute(self._delivered, ids=_bigints(delivered))
-        ended = [(s.event.id, s.outcome) for s in refused if isinstance(s.outcome, GivenUp)]
+        superseded = [s.event.id for s in refused if s.outcome is SUPERSEDED]
+        if superseded:
+            self.execute(self._superseded, ids=_bigints(superseded))
+        ended = [
+            (s.event.id, s.outcome) for s in refused if isinstance(s.outcome, GivenUp) and s.outcome is not SUPERSEDED
+        ]
         if ended:
             self.execute(
                 _ENDED,

@@ -27,7 +27,19 @@ from outbox_relay.health import Health
 from outbox_relay.metrics import BacklogCollector, HealthCollector, Histogram, Metrics, registry
 from outbox_relay.migrations import migrate
 from outbox_relay.monitor import Monitor
-from outbox_relay.outcome import Event, GivenUp, Held, Outage, Outcome, Owed, Policy, Reply, Settlement
+from outbox_relay.outcome import (
+    SUPERSEDED,
+    UNSETTLED,
+    Event,
+    GivenUp,
+    Held,
+    Outage,
+    Outcome,
+    Owed,
+    Policy,
+    Reply,
+    Settlement,
+)
 from outbox_relay.relay import Options, Relay
 from outbox_relay.store import Store
 from outbox_relay.upkeep import COUNT_LIMIT
@@ -196,11 +208,19 @@ def test_outcomes_have_a_series_each() -> None:
     event = Event(1, "e", "order", "1", 1, 1, "change", ["a"], "{}", None, None, 1e9)
     metrics = Metrics()
     held, owed = Held(tries=1, attempts=0, delay=1.0, error=""), Owed("dead", "")
-    outcomes: list[Outcome] = [held, owed, GivenUp("dead"), GivenUp("expired"), GivenUp("discarded")]
+    outcomes: list[Outcome] = [
+        held,
+        owed,
+        GivenUp("dead"),
+        GivenUp("expired"),
+        GivenUp("discarded"),
+        SUPERSEDED,
+        UNSETTLED,
+    ]
     metrics.batch([event], [Settlement(event, outcome, ()) for outcome in outcomes], 1e9)
     metrics.request(3, 0.1, Outage("down"))
     samples = {tuple(s.labels.values()): s.value for f in metrics.collect() for s in f.samples if "total" in s.name}
-    events = {("delivered",): 1, ("held",): 2, ("dead",): 1, ("expired",): 1, ("discarded",): 1}
+    events = {("delivered",): 1, ("held",): 2, ("dead",): 1, ("expired",): 1, ("discarded",): 1, ("superseded",): 1}
     assert samples == events | {("answered",): 0, ("failed",): 1, (): 0}
 
 

@@ -1,0 +1,132 @@
+"""Conflation: of an object's waiting snapshots only the newest is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+
+from outbox_relay.centrifugo import Centrifugo as Publisher
+from outbox_relay.embedded.centrifugo import DEFAULT_CONFIG, Centrifugo
+from outbox_relay.outcome import Policy
+from outbox_relay.relay import Options, Relay
+from outbox_relay.store import Store
+from tests.conftest import Connect
+from tests.support.gateway import Gateway
+from tests.support.relays import drain
+from tests.support.stepping import Stepper
+from tests.support.subscriber import Subscriber
+from tests.support.writing import Connection, states
+
+Subscribe = Callable[..., Subscriber]
+
+PATIENT = Policy(backoff_base=3600.0, backoff_max=3600.0)
+OPTIONS = Options(policy=PATIENT, policies={"order": replace(PATIENT, conflate=True)})
+
+
+def add(connection: Connection, name: str, version: int, channels: Sequence[str], kind: str = "snapshot") -> None:
+    connection.execute(
+        "INSERT INTO outbox (aggregate_type, aggregate_id, version, kind, channels, payload) "
+        "VALUES ('order', %s, %s, %s::text::outbox_kind, %s, '{}')",
+        (name, version, kind, list(channels)),
+    )
+
+
+def rows(connection: Connection, name: str = "1") -> list[tuple[int, str, list[str] | None]]:
+    return connection.execute(
+        "SELECT version, state::text, accepted FROM outbox WHERE aggregate_id = %s ORDER BY id", (name,)
+    ).fetchall()
+
+
+def received(subscriber: Subscriber, count: int, channel: str) -> list[tuple[int, str]]:
+    publications = subscriber.wait_for(count)
+    return [(p.version, p.tags["ob_kind"]) for p in publications if p.channel == channel]
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["rows are kept", "rows are deleted"])
+def test_a_backlog_of_snapshots_is_one_publication_for_each_object(
+    connect: Connect, database_url: str, centrifugo: Centrifugo, subscribe: Subscribe, channel: str, keep: bool
+) -> None:
+    """A hundred of each of five objects; a change after the last snapshot is sent as well."""
+    connection, subscriber = connect(), subscribe(channel)
+    with connection.transaction():
+        for version in range(1, 101):
+            for name in range(5):
+                add(connection, str(name), version, [channel])
+        add(connection, "0", 101, [channel], "change")
+    drain(
+        Relay(
+            lambda: Store(database_url, keep_delivered=keep),
+            lambda: Publisher(centrifugo.api_url, centrifugo.api_key),
+            replace(OPTIONS, workers=1),
+        )
+    )
+    publications = subscriber.wait_for(6)
+    assert sorted((p.aggregate[1], p.version) for p in publications) == [
+        ("0", 100),
+        ("0", 101),
+        *((str(name), 100) for name in range(1, 5)),
+    ]
+    assert states(connection) == ({"superseded": 495, "delivered": 6} if keep else {})
+
+
+def test_what_waits_behind_a_hold_is_superseded_too(
+    connect: Connect, database_url: str, start_centrifugo: Callable[..., Centrifugo], subscribe: Subscribe, channel: str
+) -> None:
+    """A namespace is not defined yet: the newest of the first batch is refused and held, and later ones are parked.
+    When it is, all of them but the last are superseded."""
+    server = start_centrifugo()
+    connection = connect()
+    with Gateway(server.api_url) as gateway:
+        with Stepper(database_url, Publisher(gateway.url, server.api_key), OPTIONS) as steps:
+            for version in (1, 2, 3):
+                add(connection, "1", version, ["later:1"])
+            steps.step()
+            for version in (4, 5):
+                add(connection, "1", version, ["later:1"])
+            steps.step()
+            steps.make_due()
+            steps.step()
+        assert [command.version for command in gateway.commands] == [3, 5]
+        hist = DEFAULT_CONFIG["channel"]["namespaces"][0]
+        server = start_centrifugo({"channel": {"namespaces": [hist, hist | {"name": "later"}]}}, instead_of=server)
+        subscriber = subscribe("later:1", server=server)
+        with Stepper(database_url, Publisher(gateway.url, server.api_key), OPTIONS) as steps:
+            steps.make_due()
+            steps.drain()
+    assert received(subscriber, 1, "later:1") == [(5, "snapshot")]
+    assert [(version, state) for version, state, _ in rows(connection)] == [
+        *((version, "superseded") for version in (1, 2, 3, 4)),
+        (5, "delivered"),
+    ]
+
+
+def test_an_older_event_is_never_sent_where_the_newer_one_was_accepted(
+    connect: Connect, database_url: str, centrifugo: Centrifugo, subscribe: Subscribe, gateway: Gateway, channel: str
+) -> None:
+    """The newest is accepted by one of its channels and refused by an undefined namespace. What concerned the first one
+    alone is superseded; the others remember, also where the next relay does not conflate."""
+    connection, subscriber = connect(), subscribe(channel)
+    both = [channel, "unknown:1"]
+    add(connection, "1", 1, [channel])
+    add(connection, "1", 2, both, "change")
+    add(connection, "1", 3, ["unknown:1"])
+    add(connection, "1", 4, both, "tombstone")
+    with Stepper(database_url, Publisher(gateway.url, centrifugo.api_key), OPTIONS) as steps:
+        steps.step()
+        assert rows(connection) == [
+            (1, "superseded", None),
+            (2, "pending", [channel]),
+            (3, "pending", None),
+            (4, "parked", [channel]),
+        ]
+        steps.step()
+    with Stepper(database_url, Publisher(gateway.url, centrifugo.api_key), Options(policy=PATIENT)) as steps:
+        steps.make_due()
+        steps.step()
+    assert [(command.version, command.channels) for command in gateway.commands] == [
+        (4, (channel, "unknown:1")),
+        (2, ("unknown:1",)),
+    ]
+    assert received(subscriber, 1, channel) == [(4, "tombstone")]
