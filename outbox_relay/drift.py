@@ -65,6 +65,11 @@ class Report(NamedTuple):
     unjudged: int
 
 
+_NAMED: Final = """
+SELECT n.nspname, c.relname FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
+WHERE c.oid = pg_catalog.to_regclass(%s)::pg_catalog.oid
+"""
+
 _LAST: Final = """
 SELECT DISTINCT ON (aggregate_id) aggregate_id, version, kind::text AS kind
 FROM {outbox} WHERE aggregate_type = %(aggregate_type)s ORDER BY aggregate_id, id DESC
@@ -97,12 +102,10 @@ def find(database_url: str, source: Source, *, keep: float, schema: str = "publi
         raise OperatorError("keep is 0, so delivered events are deleted at once: there is nothing to compare with")
     names: dict[str, Any] = {
         "outbox": _identifier(schema, "outbox"),
-        "table": _identifier(*source.table.split(".", 1)),
         "id": sql.SQL(" || ':' || ").join(sql.SQL("{}::text").format(_identifier(name)) for name in source.id_columns),
         "version": _identifier(source.version_column),
         "changed_at": sql.SQL("NULL::timestamptz") if source.changed_at is None else _identifier(source.changed_at),
     }
-    names["last"], names["objects"] = (sql.SQL(part).format(**names) for part in (_LAST, _OBJECTS))
     parameters = {"aggregate_type": source.aggregate_type, "keep": keep, "limit": limit}
 
     def composed(query: LiteralString) -> sql.Composed:
@@ -114,6 +117,13 @@ def find(database_url: str, source: Source, *, keep: float, schema: str = "publi
                 "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY; "
                 f"SET LOCAL statement_timeout = {round(STATEMENT_TIMEOUT * 1000)}"
             )
+            named = connection.execute(_NAMED, [sql.Identifier(*source.table.split(".", 1)).as_string()]).fetchone()
+            if named is None:
+                raise OperatorError(f"there is no table {source.table!r}: check the names, the schema and the grants")
+            # The role's search_path has found the table; from now on nothing else is found by it.
+            connection.execute("SET LOCAL search_path = pg_catalog")
+            names["table"] = _identifier(*named)
+            names["last"], names["objects"] = (sql.SQL(part).format(**names) for part in (_LAST, _OBJECTS))
             with connection.cursor(row_factory=class_row(Drift)) as cursor:
                 drifts = cursor.execute(composed(_DRIFT), parameters).fetchall()
             [[unjudged]] = connection.execute(composed(_UNJUDGED), parameters).fetchall()

@@ -16,7 +16,6 @@ from http.server import BaseHTTPRequestHandler
 from socketserver import ThreadingTCPServer
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
-from urllib.parse import urlsplit
 
 import orjson
 from prometheus_client import CollectorRegistry
@@ -28,6 +27,8 @@ from outbox_relay.log import get_logger
 log = get_logger()
 
 CLIENT_TIMEOUT: Final = 5.0
+CLIENTS: Final = 100
+"""Connections at a time; one more is closed unheard. Each costs a thread."""
 
 
 class Answer(NamedTuple):
@@ -106,7 +107,20 @@ class _Server(ThreadingTCPServer):
 
     def __init__(self, host: str, port: int, pages: Mapping[str, Page]) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._room = threading.BoundedSemaphore(CLIENTS)
         super().__init__((host, port), partial(_Handler, pages))
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._room.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._room.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - socketserver's signature
         """Log what went wrong, but for a client that went away."""
@@ -124,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
         super().__init__(*request)
 
     def do_GET(self) -> None:
-        page = self._pages.get(urlsplit(self.path).path)
+        page = self._pages.get(self.path.partition("?")[0])
         if page is None:
             answer = Answer(HTTPStatus.NOT_FOUND, "text/plain", b"there are /metrics, /live and /ready\n")
         else:

@@ -32,7 +32,13 @@ from tests.support.subscriber import Subscriber, as_json
 from tests.support.waiting import PATIENCE, wait_until
 from tests.test_readme import README, ROOT, WRITING, Example, examples
 
-DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "SECURITY.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 WIRE = examples(ROOT / "docs" / "wire-format.md")
 EVENT_ID = "6ba7b810-9dad-11d1-80b4-00c04fd430c8"

@@ -117,7 +117,7 @@ def test_nothing_to_compare_with(database_url: str, orders: psycopg.Connection[A
     """Refused in words, not with an empty list."""
     with pytest.raises(OperatorError, match="keep is 0"):
         find(database_url, ORDERS, keep=0)
-    with pytest.raises(OperatorError, match='relation "carts" does not exist: check the names'):
+    with pytest.raises(OperatorError, match="there is no table 'carts': check the names"):
         find(database_url, Source(table="carts", aggregate_type="cart"), keep=HOUR)
     with pytest.raises(OperatorError, match='column "version" does not exist'):
         find(database_url, Source(table="orders", aggregate_type="order"), keep=HOUR)

@@ -129,7 +129,9 @@ def test_nobody_runs_anything_as_the_relay_or_the_operator(
         "OUTBOX_RELAY_CENTRIFUGO_URL": centrifugo.api_url,
         "OUTBOX_RELAY_CENTRIFUGO_API_KEY": centrifugo.api_key,
     }
-    for verb in ("check", "status", "events list", "events show 1", "dead list", "dead discard 2", "prune --yes"):
+    connection.execute("CREATE TABLE public.app (id text, version bigint); INSERT INTO app VALUES ('1', 1)")
+    lists = ("events list", "events show 1", "dead list", "drift app --type none", "epoch show")
+    for verb in ("check", "status", *lists, "dead discard 2", "epoch bump", "prune --yes"):
         result = CliRunner().invoke(app, verb.split(), env=environment)
         assert result.exit_code == 0, f"{verb}: {result.output}"
     assert trap() == []

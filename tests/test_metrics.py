@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +28,7 @@ from outbox_relay.embedded.postgres import Postgres
 from outbox_relay.health import Health
 from outbox_relay.metrics import BacklogCollector, HealthCollector, Histogram, Metrics, registry
 from outbox_relay.migrations import migrate
-from outbox_relay.monitor import Monitor
+from outbox_relay.monitor import CLIENTS, Monitor
 from outbox_relay.outcome import (
     SUPERSEDED,
     UNSETTLED,
@@ -46,7 +48,7 @@ from outbox_relay.upkeep import COUNT_LIMIT
 from tests.conftest import Connect, StartRelay, sqlalchemy_engine
 from tests.support.monitoring import Sample, Site
 from tests.support.proxy import TcpProxy
-from tests.support.waiting import wait_until
+from tests.support.waiting import PATIENCE, wait_until
 from tests.support.writing import Connection, Traffic, states, write
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
@@ -462,6 +464,48 @@ def test_other_pages_do_not_exist_and_openmetrics_is_spoken() -> None:
         assert site.get("/ready?verbose")[0] == 200
         status, body = site.get("/metrics", accept="application/openmetrics-text; version=1.0.0")
         assert (status, body.endswith("# EOF\n")) == (200, True)
+
+
+@pytest.mark.parametrize(
+    "request_line",
+    [
+        "GET //[ HTTP/1.1",
+        "GET http://[x/metrics HTTP/1.1",
+        "GET /%00 HTTP/1.1",
+        "DELETE /live HTTP/1.1",
+        "\x00\xff",
+        "GET",
+    ],
+)
+def test_a_request_that_is_none_is_no_news(request_line: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever reaches the port writes nothing into the log, and the pages are there for the next one."""
+    with Monitor("127.0.0.1", 0, registry(Metrics()), lambda: HEALTHY) as monitor:
+        with socket.create_connection(monitor.address, PATIENCE) as client:
+            client.sendall(f"{request_line}\r\nAccept: \x1b;q=x,;;,*\r\n\r\n".encode("latin-1"))
+            client.shutdown(socket.SHUT_WR)
+            while client.recv(65_536):
+                pass
+        assert Site(monitor.address[1]).get("/live")[0] == 200
+    assert caplog.text == ""
+
+
+def test_so_many_clients_and_no_more() -> None:
+    """Each costs a thread. One too many is turned away at once, and a place is free when one has left."""
+    with contextlib.ExitStack() as stack, Monitor("127.0.0.1", 0, registry(Metrics()), lambda: HEALTHY) as monitor:
+        clients = [stack.enter_context(socket.create_connection(monitor.address, PATIENCE)) for _ in range(CLIENTS)]
+        one_more = stack.enter_context(socket.create_connection(monitor.address, PATIENCE))
+        assert one_more.recv(1) == b""
+        clients[0].setblocking(False)
+        with pytest.raises(BlockingIOError):  # it was not the others' time that was over
+            clients[0].recv(1)
+        clients[0].close()
+
+        def served() -> bool:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                return Site(monitor.address[1]).get("/live")[0] == 200
+            return False
+
+        wait_until(served, "there is a place again")
 
 
 # The command line

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 import sqlalchemy as sa
+from typer.testing import CliRunner
 
 from outbox_relay.centrifugo import Centrifugo as Publisher
+from outbox_relay.cli import app
+from outbox_relay.embedded._process import free_port
 from outbox_relay.embedded.centrifugo import Centrifugo
 from outbox_relay.store import Store
 from tests.conftest import Connect, MakeRelay, StartRelay
-from tests.support.gateway import Exchange, Gateway
+from tests.support.gateway import Exchange, Gateway, refuse
+from tests.support.monitoring import Site
 from tests.support.waiting import wait_until
 from tests.support.writing import states, write
 
@@ -114,6 +121,7 @@ def test_hazard_49_a_relay_inside_an_application_that_logs_everything(
     assert leaked(caplog.text.replace(f"Location', b'http://127.0.0.1:1/?api_key={KEY}", "")) == []
 
 
+@pytest.mark.parametrize("form", ["console", "json"])
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -129,6 +137,7 @@ def test_hazard_49_a_relay_inside_an_application_that_logs_everything(
 def test_hazard_49_a_process_that_fails(
     settings: dict[str, object],
     said: str,
+    form: str,
     connect: Connect,
     database_url: str,
     start_relay: StartRelay,
@@ -136,7 +145,12 @@ def test_hazard_49_a_process_that_fails(
 ) -> None:
     """Everything that `outbox-relay run` writes, tracebacks included, until it has said what is wrong or has ended."""
     write(connect(), "1", 1, channel)
-    secrets = {"database_url": with_password(database_url), "centrifugo_api_key": KEY, "log_level": "debug"}
+    secrets = {
+        "database_url": with_password(database_url),
+        "centrifugo_api_key": KEY,
+        "log_level": "debug",
+        "log_format": form,
+    }
     relay = start_relay(secrets | settings, wait=False)
     wait_until(lambda: (said and said in relay.output) or not relay.alive(), "the relay says what is wrong")
     if relay.alive():
@@ -174,3 +188,111 @@ def test_hazard_49_a_relay_at_work(
     relay.terminate()
     assert leaked(relay.output) == []
     assert centrifugo.api_key not in relay.output
+
+
+VERBS = [
+    "check",
+    "check --json",
+    "status",
+    "migrate",
+    "migrate --current",
+    "events list",
+    "events show 1 --json",
+    "dead list",
+    "dead requeue 1",
+    "prune --yes",
+    "epoch show",
+    "config show",
+    "config show --json",
+    "run --until-empty",
+]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_hazard_49_every_verb_with_every_bad_database(
+    verb: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever it prints, and whatever Python would print of an error that it lets through."""
+    monkeypatch.chdir(tmp_path)
+    said = []
+    for url in BAD_DATABASES.values() if not verb.startswith("run") else ["", "?"]:
+        environment = {
+            "OUTBOX_RELAY_DATABASE_URL": url,
+            "OUTBOX_RELAY_CENTRIFUGO_URL": f"http://user:{KEY}@127.0.0.1:1" if url == "?" else "http://127.0.0.1:1",
+            "OUTBOX_RELAY_CENTRIFUGO_API_KEY": KEY,
+        }
+        result = CliRunner().invoke(app, verb.split(), env=environment)
+        said.append(result.output + "".join(traceback.format_exception(result.exception)))
+    assert all(said)
+    assert leaked("".join(said)) == []
+
+
+def test_hazard_49_the_settings_that_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a file, in both forms; a message about a wrong setting beside them shows none either."""
+    monkeypatch.chdir(tmp_path)
+    database = with_password("postgresql://u@127.0.0.1:1/x")
+    Path("outbox-relay.toml").write_text(f'database_url = "{database}"\ncentrifugo_api_key = "{KEY}"\n')
+    for arguments in ("config show", "config show --json"):
+        result = CliRunner().invoke(app, arguments.split())
+        assert result.exit_code == 0
+        assert "***" in result.output
+        assert leaked(result.output) == []
+    result = CliRunner().invoke(app, ["config", "show"], env={"OUTBOX_RELAY_WORKERS": KEY})
+    assert result.exit_code == 2
+    assert leaked(result.output) == []
+
+
+@pytest.mark.parametrize("form", ["console", "json"])
+def test_hazard_49_a_traceback(form: str) -> None:
+    """Of an error that nobody foresaw, with a secret in its text, in a field, and in the name of another logger."""
+    program = f"""
+import logging
+from outbox_relay import log
+log.configure({form!r}, "debug", [{KEY!r}, {PASSWORD!r}])
+try:
+    raise RuntimeError("connecting with " + {PASSWORD!r})
+except RuntimeError:
+    log.get_logger().exception("worker failed", url="http://" + {KEY!r}, nested={{"key": [{KEY!r}]}})
+    logging.getLogger("another").warning("says %s", {KEY!r})
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "RuntimeError: connecting with ***" in ended.stderr
+    assert leaked(ended.stderr) == []
+
+
+def test_hazard_49_what_is_stored_of_a_refusal(
+    connect: Connect, database_url: str, make_relay: MakeRelay, gateway: Gateway, channel: str
+) -> None:
+    """A server that repeats the key does not have it written into the outbox, where operators would read it."""
+    connection = connect()
+    write(connection, "1", 1, channel)
+    words = json.dumps({"replies": [{"error": {"code": 107, "message": f"bad {KEY}"}}]})
+    gateway.fault = lambda exchange: exchange.answer(200, words.encode())
+    with make_relay(api_url=gateway.url, api_key=KEY):
+        wait_until(lambda: states(connection) == {"parked": 1}, "the refused event is parked")
+    stored = connection.execute("SELECT o.error, h.error FROM outbox AS o, outbox_hold AS h").fetchone()
+    assert stored is not None
+    assert all("bad ***" in error for error in stored)
+    assert leaked(str(stored)) == []
+
+
+def test_hazard_49_metrics_and_health(
+    connect: Connect, database_url: str, start_relay: StartRelay, gateway: Gateway, channel: str
+) -> None:
+    """Neither secrets nor anything of an event, while all is well, in an outage and with a refused event."""
+    connection = connect()
+    port = free_port()
+    secrets = {"database_url": with_password(database_url), "metrics_port": port, "centrifugo_url": gateway.url}
+    relay = start_relay(secrets)
+    site = Site(port)
+    said = []
+    for number, fault in enumerate((None, refuse(102, lambda _: True), lambda exchange: exchange.answer(503))):
+        gateway.fault = fault
+        write(connection, f"{KEY}-{number}", 1, channel, json.dumps(KEY))
+        gateway.wait_for_requests(len(gateway.requests) + 1)
+        wait_until(lambda: relay.alive() and site.get("/metrics")[0] == 200, "the metrics are served")
+        said += [site.get(path)[1] for path in ("/metrics", "/live", "/ready", f"/{KEY}")]
+    assert "outbox_relay_events_total" in said[0]
+    assert leaked("".join(said)) == []
+    assert channel not in "".join(said)
+    assert "order" not in "".join(said)
