@@ -9,7 +9,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info
 STAMP   := .venv/.ready-$(VERSION)
 LOWEST  := .venv-lowest/.ready-$(VERSION)
 # What tests need and no wheel has, as Debian calls it.
-DEBIAN  := postgresql chromium faketime pgbouncer
+DEBIAN  := postgresql chromium faketime pgbouncer openssl
 COMPILE := .venv/bin/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11
 
 .DEFAULT_GOAL := help

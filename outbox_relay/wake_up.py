@@ -66,7 +66,9 @@ class WakeUp:
         """Whether a notification has come since the last time, or comes within `seconds`."""
         link = self._connection.pgconn
         if not self._told:
-            select.select([link.socket], [], [], seconds)
+            poll = select.poll()  # select itself knows no descriptor above 1,023
+            poll.register(link.socket, select.POLLIN)
+            poll.poll(seconds * 1000)
             link.consume_input()
             while link.notifies():
                 self._told = True
