@@ -133,7 +133,7 @@ def options(settings: Settings) -> Options:
 
 
 def wires(settings: Settings) -> Wires:
-    return {name: Wire(bundle_events=own.bundle_events) for name, own in settings.namespaces.items()}
+    return {name: Wire(own.channels, own.bundle_events) for name, own in settings.namespaces.items()}
 
 
 def _frozen_after(settings: Settings) -> float:

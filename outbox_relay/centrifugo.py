@@ -20,14 +20,12 @@ from outbox_relay.outcome import ACCEPTED, Event, Outage, Refusal, Reply, bootti
 from outbox_relay.pace import Pace
 from outbox_relay.packing import Wires
 from outbox_relay.transport import Deadline, DeadlineTransport
-from outbox_relay.wire import Command, commands, encode_batch, encode_commands, replies
+from outbox_relay.wire import TOO_DEEP, Command, commands, encode_batch, encode_commands, replies
 
 log = get_logger()
 
 MAX_DEPTH: Final = 9_990
 """Go's JSON decoder refuses more than 10,000 levels, the batch's own included, and with them the whole batch."""
-TOO_DEEP: Final = {"code": 107, "message": "not sent: the payload is nested too deeply for Centrifugo's decoder"}
-"""A bad request, answered without asking."""
 _REPLY_BYTES_PER_COMMAND: Final = 4096
 _REPLY_FLOOR: Final = 64 * 1024
 _MESSAGE: Final = 200
@@ -113,16 +111,16 @@ class Centrifugo:
         self, events: Sequence[Event], too_deep: Set[int], deadline: float | None
     ) -> list[Reply] | Outage:
         """As `publish`, where some namespaces do not get a publication for each event."""
-        asked = commands(events, self._wires)
-        sent = [command for command in asked if too_deep.isdisjoint(command.events)] if too_deep else asked
+        asked = commands(events, self._wires, too_deep)
+        sent = [command for command in asked if command.error is None]
+        refused = [command for command in asked if command.error is not None]
         parallel = self._pace.choose(len(sent))
-        body = encode_commands(sent, parallel=parallel)
-        answers = self._ask(body, len(sent), deadline, parallel=parallel)
+        answers = self._ask(encode_commands(sent, parallel=parallel), len(sent), deadline, parallel=parallel)
         if isinstance(answers, Outage):
             return answers
-        unsent = [command for command in asked if not too_deep.isdisjoint(command.events)]
+        answers += [{"error": command.error} for command in refused]
         try:
-            return replies(events, [*sent, *unsent], [*answers, *({"error": TOO_DEEP} for _ in unsent)], self._refusal)
+            return replies(events, [*sent, *refused], answers, self._refusal)
         except _NO_ANSWER as error:
             return _no_answer(error)
 

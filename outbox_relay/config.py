@@ -58,7 +58,15 @@ class NamespaceSettings:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    bundle_events: Annotated[Count, Doc("events of a channel in one publication, a bundle; 1 makes none")] = 1
+    channels: Annotated[
+        Literal["stream", "map", "exclusive"],
+        Doc("stream; map, as in Centrifugo's configuration; exclusive: one object per channel, under its version"),
+    ] = "stream"
+    bundle_events: Annotated[Count, Doc("events of a stream channel in one publication, a bundle; 1 makes none")] = 1
+
+    def __post_init__(self) -> None:
+        if self.channels != "stream" and self.bundle_events > 1:
+            raise ValueError(f"{self.channels} channels take no bundles: leave bundle_events out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,6 +90,8 @@ class Reply(NamedTuple):
     bundled: bool = False
 
 
+OVERTAKEN: Final = Reply(())
+"""The answer for an event of which all channels have a newer version of its aggregate."""
 ACCEPTED: Final = Reply(())
 """The answer for an event that all its channels accepted."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from outbox_relay.outcome import Event, namespace
 
@@ -27,8 +27,14 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """How a namespace's channels are published to. `bundle_events`: how many events a bundle holds; 1 makes none."""
+    """How a namespace's channels are published to.
 
+    `channels`: streams of publications; maps, which hold each aggregate's last state under its version; or exclusive
+    ones, each for one aggregate, whose version Centrifugo keeps for the channel. `bundle_events`: how many events a
+    bundle in a stream holds; 1 makes none.
+    """
+
+    channels: Literal["stream", "map", "exclusive"] = "stream"
     bundle_events: int = 1
 
 

@@ -20,6 +20,7 @@ from outbox_relay.log import get_logger
 from outbox_relay.outcome import (
     ACCEPTED,
     INTERNAL,
+    OVERTAKEN,
     SUPERSEDED,
     UNANSWERED,
     Event,
@@ -145,6 +146,8 @@ class Sent:
     delivered: list[Event] = field(default_factory=list)
     told: list[Event] = field(default_factory=list)
     """Gaps that were accepted."""
+    overtaken: list[Event] = field(default_factory=list)
+    """All their channels had a newer version."""
     refused: list[tuple[Event, Reply]] = field(default_factory=list)
     behind: set[tuple[str, str]] = field(default_factory=set)
     """Aggregates of which nothing more may be sent in this batch."""
@@ -207,9 +210,10 @@ class Worker:
                 anything_accepted=sent.anything_accepted,
             )
             settlements += [*ends, *(end(gap, options.policy_of(gap.aggregate_type)) for gap in sent.told)]
+            settlements += [Settlement(event, SUPERSEDED, ()) for event in sent.overtaken]
             if covered:
-                now = claim.clock.now()
-                settlements += superseded(covered, sent.delivered, sent.refused, now, options.policy_of)
+                accepted, now = [*sent.delivered, *sent.overtaken], claim.clock.now()
+                settlements += superseded(covered, accepted, sent.refused, now, options.policy_of)
             outage = sent.outage or trouble
             # Before the lanes are free for another worker, which would not know.
             self._shared.pause.report(outage, sound=sent.sound)
@@ -269,6 +273,9 @@ class Worker:
             if reply is ACCEPTED:
                 (sent.told if event.ending else sent.delivered).append(event)
                 accepted.update(event.unsent if event.accepted else event.channels)
+            elif reply is OVERTAKEN:
+                (sent.told if event.ending else sent.overtaken).append(event)
+                accepted.update(event.unsent)
             else:
                 # What its other channels accept proves that Centrifugo works, but nothing against this event.
                 sent.refused.append((event, reply))

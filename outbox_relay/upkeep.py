@@ -69,7 +69,8 @@ FROM scanned
 """
 
 _LEFT: Final = """
-SELECT (SELECT true FROM {outbox} AS o WHERE o.state = 'pending' ORDER BY {lane}, o.id LIMIT 1) IS NOT NULL,
+SELECT (SELECT true FROM {outbox} AS o WHERE o.state = 'pending' ORDER BY {lane}, o.id LIMIT 1) IS NOT NULL
+       OR EXISTS (SELECT FROM {outbox_hold} WHERE due_at <= statement_timestamp()),
        EXISTS (SELECT FROM {outbox_hold})
 """
 
@@ -127,7 +128,7 @@ class Upkeep(Session):
         return Pruned(deleted, last)
 
     def left(self) -> tuple[bool, bool]:
-        """Whether anything is pending, and whether any aggregate is on hold."""
+        """Whether anything could be sent now, pending or parked behind a due hold; and whether any aggregate is on hold."""
         pending, held = self.ask(_LEFT)
         return pending, held
 

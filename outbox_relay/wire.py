@@ -6,14 +6,17 @@ Payload and tags are spliced in as they are, never parsed.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from hashlib import blake2b
 from typing import Any, Final, NamedTuple
 
-from outbox_relay.outcome import ACCEPTED, Event, Refusal, Reply
-from outbox_relay.packing import Wires, bound_of
+from outbox_relay.outcome import ACCEPTED, OVERTAKEN, Event, Refusal, Reply, namespace
+from outbox_relay.packing import PLAIN, Wires, bound_of
 
 WIRE_VERSION: Final = "1"
+# Bad requests, answered without asking.
+TOO_DEEP: Final = {"code": 107, "message": "not sent: the payload is nested too deeply for Centrifugo's decoder"}
+NO_STATE: Final = {"code": 107, "message": "not sent: this channel takes snapshots and tombstones, no changes"}
 _quote: Final = json.encoder.encode_basestring
 
 Refuse = Callable[[str, Mapping[str, Any]], Refusal]
@@ -40,30 +43,43 @@ def _body(commands: list[str], parallel: bool) -> bytes:
 
 
 class Command(NamedTuple):
-    """One command of a request: its text, the channels it publishes to, and which of the request's events are in it."""
+    """One command of a request: its text, the channels it publishes to, and which of the request's events are in it.
+
+    With an `error` it is not sent: that is its answer.
+    """
 
     text: str
     channels: Sequence[str]
     events: Sequence[int]
+    error: Mapping[str, Any] | None = None
 
 
-def commands(events: Sequence[Event], wires: Wires) -> list[Command]:
-    """A command for each event and for each bundle: one per channel that takes bundles and has two events or more."""
+def commands(events: Sequence[Event], wires: Wires, too_deep: Set[int] = frozenset()) -> list[Command]:
+    """What a request has to ask: for each event as its channels take it, and for each bundle.
+
+    A channel that takes bundles has one if it has two events or more. What holds an event of `too_deep` is not sent.
+    """
     bundles: dict[str, list[int]] = {}
+    found: list[Command] = []
     for n, event in enumerate(events):
+        own: list[str] = []
+        error = TOO_DEEP if n in too_deep else None
         for channel in event.unsent:
-            if bound_of(event, channel, wires) > 1:
+            wire = wires.get(namespace(channel), PLAIN)
+            if wire.channels != "stream":
+                keyed = wire.channels == "map"
+                refused = error or (NO_STATE if event.kind == "change" else None)
+                found.append(Command(_state(event, channel, keyed=keyed), (channel,), (n,), refused))
+            elif bound_of(event, channel, wires) > 1:
                 bundles.setdefault(channel, []).append(n)
-    bundles = {channel: members for channel, members in bundles.items() if len(members) > 1}
-    bundled = {(channel, n) for channel, members in bundles.items() for n in members}
-    found = [
-        Command(_bundle(channel, [events[n] for n in members]), (channel,), members)
-        for channel, members in bundles.items()
-    ]
-    for n, event in enumerate(events):
-        own = [channel for channel in event.unsent if (channel, n) not in bundled]
+            else:
+                own.append(channel)
         if own:
-            found.append(Command(_publication(event, own), own, (n,)))
+            found.append(Command(_publication(event, own), own, (n,), error))
+    for channel, members in bundles.items():
+        inside = [events[n] for n in members]
+        text = _bundle(channel, inside) if len(inside) > 1 else _publication(inside[0], (channel,))
+        found.append(Command(text, (channel,), members, None if too_deep.isdisjoint(members) else TOO_DEEP))
     return found
 
 
@@ -72,6 +88,7 @@ def replies(events: Sequence[Event], asked: Sequence[Command], answers: Sequence
     accepted: list[list[str]] = [[] for _ in events]
     refusals: list[list[Refusal]] = [[] for _ in events]
     doubted: set[int] = set()
+    overtaken: list[int] = []
     for command, answer in zip(asked, answers, strict=True):
         for channel, error in channel_errors(command.channels, answer):
             refusal = None if error is None else refuse(channel, error)
@@ -82,10 +99,16 @@ def replies(events: Sequence[Event], asked: Sequence[Command], answers: Sequence
                     refusals[n].append(refusal)
             if refusal is not None and len(command.events) > 1:
                 doubted.update(command.events)
-    return [
-        Reply(tuple(refusals[n]), tuple(accepted[n]), n in doubted) if refusals[n] else ACCEPTED
-        for n in range(len(events))
-    ]
+            if "map_publish" in answer and answer["map_publish"].get("suppress_reason") == "version":
+                overtaken += command.events
+    outcomes: list[Reply] = []
+    for n, event in enumerate(events):
+        if refusals[n]:
+            outcomes.append(Reply(tuple(refusals[n]), tuple(accepted[n]), n in doubted))
+        else:
+            everywhere = overtaken.count(n) == len(event.channels) if overtaken else False
+            outcomes.append(OVERTAKEN if everywhere else ACCEPTED)
+    return outcomes
 
 
 def channel_errors(channels: Sequence[str], answer: Any) -> list[tuple[str, Any]]:
@@ -93,7 +116,10 @@ def channel_errors(channels: Sequence[str], answer: Any) -> list[tuple[str, Any]
     error = answer.get("error")
     if error is not None:
         return [(channel, error) for channel in channels]
-    responses = answer["broadcast"]["responses"] if len(channels) > 1 else [answer["publish"]]
+    if len(channels) > 1:
+        responses = answer["broadcast"]["responses"]
+    else:
+        responses = [answer["map_publish"] if "map_publish" in answer else answer["publish"]]
     return [(channel, response.get("error")) for channel, response in zip(channels, responses, strict=True)]
 
 
@@ -103,6 +129,20 @@ def _publication(event: Event, channels: Sequence[str]) -> str:
     else:
         target = f'"broadcast":{{"channels":[{",".join(map(_quote, channels))}]'
     return f'{{{target},"data":{event.payload},"idempotency_key":"{event.idempotency_key}","tags":{_tags(event)}}}}}'
+
+
+def _state(event: Event, channel: str, *, keyed: bool) -> str:
+    """A publication that Centrifugo drops if it knows a newer version: of the key, or of the channel."""
+    method, key = ("map_publish", f',"key":{_quote(_key(event))}') if keyed else ("publish", "")
+    return (
+        f'{{"{method}":{{"channel":{_quote(channel)}{key},"data":{event.payload},"version":{event.version},'
+        f'"version_epoch":{_quote(event.epoch)},"idempotency_key":"{event.idempotency_key}","tags":{_tags(event)}}}}}'
+    )
+
+
+def _key(event: Event) -> str:
+    """TYPE/ID. A slash in the type is written otherwise, so that no two aggregates have one key."""
+    return f"{event.aggregate_type.replace('%', '%25').replace('/', '%2F')}/{event.aggregate_id}"
 
 
 def _bundle(channel: str, events: Sequence[Event]) -> str:

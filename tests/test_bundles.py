@@ -142,9 +142,10 @@ def test_a_refusal_of_a_bundle_is_no_events_own() -> None:
     def refuse(channel: str, error: Any) -> Refusal:
         return Refusal(channel, error["code"], error["message"])
 
-    bundle_refused = replies(events, asked, [{"error": error}, {"publish": {}}], refuse)
+    assert [list(command.channels) for command in asked] == [["plain:w"], ["b:x"]]
+    bundle_refused = replies(events, asked, [{"publish": {}}, {"error": error}], refuse)
     assert [(reply.accepted, reply.bundled) for reply in bundle_refused] == [(("plain:w",), True), ((), True)]
-    own_refused = replies(events, asked, [{"publish": {}}, {"error": error}], refuse)
+    own_refused = replies(events, asked, [{"error": error}, {"publish": {}}], refuse)
     assert [(reply.accepted, reply.bundled) for reply in own_refused] == [(("b:x",), False), ((), False)]
     assert own_refused[1].refusals == ()
     with pytest.raises((AttributeError, KeyError, TypeError)):

@@ -445,7 +445,7 @@ def test_show_says_where_each_value_comes_from(cli: Cli, tmp_path: Path) -> None
     assert shown["keep"] == (60, "environment OUTBOX_RELAY_KEEP")
     assert shown["lanes"] == (64, "default")
     assert shown["types"] == ({"order": {"after_dead": "wait", "conflate": False}}, "file outbox-relay.toml")
-    assert shown["namespaces"] == ({"feed": {"bundle_events": 9}}, "file outbox-relay.toml")
+    assert shown["namespaces"] == ({"feed": {"channels": "stream", "bundle_events": 9}}, "file outbox-relay.toml")
     assert shown["centrifugo_api_key"] == ("***", "environment OUTBOX_RELAY_CENTRIFUGO_API_KEY_FILE")
     rows = {row[0]: row[1:] for row in cli("config", "show", **environment).table}
     assert rows["keep"] == ["60", "environment OUTBOX_RELAY_KEEP"]

@@ -97,6 +97,11 @@ WRONG: dict[str, tuple[dict[str, str], str, str]] = {
     "no TOML": ({}, f"database_url = {CANARY}", "is not TOML"),
     "a secret of a wrong type": ({}, f'centrifugo_api_key = ["{CANARY}"]', "^centrifugo_api_key "),
     "an unknown key of a type": ({}, "[types.order]\nattempts = 3", r"^there is no setting 'types\.order\.attempts'"),
+    "bundles in a map": (
+        {},
+        '[namespaces.m]\nchannels = "map"\nbundle_events = 2',
+        r"^namespaces\.m .*take no bundles",
+    ),
     "a wrong value of a type": ({}, "[types.order]\nmax_attempts = 0", r"^types\.order\.max_attempts "),
     "a file and a value": (
         {"DATABASE_URL": CANARY, "DATABASE_URL_FILE": "x"},
