@@ -128,7 +128,7 @@ class Upkeep(Session):
         return Pruned(deleted, last)
 
     def left(self) -> tuple[bool, bool]:
-        """Whether anything could be sent now, pending or parked behind a due hold; and whether any aggregate is on hold."""
+        """Whether anything is pending or some hold is due, and whether any aggregate is on hold."""
         pending, held = self.ask(_LEFT)
         return pending, held
 
