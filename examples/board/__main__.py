@@ -39,12 +39,15 @@ def create_board(playground: Playground) -> FastAPI:
 @contextmanager
 def serve(app: FastAPI, port: int = 0) -> Iterator[str]:
     """Serve an application on 127.0.0.1 in a thread, and yield its address."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning", lifespan="off"))
+    server = uvicorn.Server(
+        uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning", lifespan="off", ws="none")
+    )
     started = threading.Event()
     thread = threading.Thread(target=_run, args=(server, started), name="web server", daemon=True)
     thread.start()
-    started.wait(START_SECONDS)
     try:
+        if not started.wait(START_SECONDS):
+            raise RuntimeError("the web server does not start")
         [listening] = server.servers[0].sockets
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
     finally:
