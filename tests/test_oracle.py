@@ -104,7 +104,7 @@ def faultless() -> History:
 def sent(version: int, *aggregates: str, at: float | None = None, codes: Sequence[int] = (0,)) -> Sent:
     """A request with this version of these aggregates: sent, executed and answered within 0.2 s."""
     at = float(version) if at is None else at
-    events = [(f"{aggregate}-{version}", [CHANNEL]) for aggregate in aggregates]
+    events = [(f"{aggregate}-{version}", [CHANNEL], False) for aggregate in aggregates]
     return Sent(at, events, [codes for _ in events], executed_at=at + 0.1, answered_at=at + 0.2)
 
 
