@@ -215,6 +215,9 @@ def judge_stream(
             continue
         again = place in seen
         duplicates += again
+        if delivery.gap and again:
+            # It was sent, not settled because of a fault, and has expired before it could be sent again.
+            continue
         if place < last and fact.key in late and (again or otherwise or fact.key in asked):
             surfaced += 1
             seen.add(place)
