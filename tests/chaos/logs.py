@@ -48,6 +48,7 @@ def read(
         retried={written.key_of[id_] for id_ in people.retried},
         whole=whole,
     )
+    history.rows.excused.update(written.key_of[id_] for id_ in people.untold)
     _add_holes(history, folder / "witness.jsonl")
     _add_pruned(history)
     return history, written

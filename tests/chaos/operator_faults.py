@@ -58,6 +58,9 @@ def discard(world: World, operator: Operator, chance: Random) -> None:
     """Dead events are given up, and heads of holds: those without a namespace, which can go nowhere."""
     for event in operator.dead(limit=50):
         if (event.state == "dead" or event.aggregate_id.startswith("nowhere-")) and chance.random() < 0.2:
+            if event.state != "dead" and event.id in world.people.given_up:
+                world.people.untold.add(event.id)
+            world.people.given_up.add(event.id)
             operator.discard([event.id])
 
 

@@ -74,10 +74,13 @@ HISTORY: Final = (namespace("hist", 20_000), namespace("big", 50))
 
 @dataclass(slots=True)
 class People:
-    """Ids of the events that somebody had sent again: after their successors perhaps, or surely in their place."""
+    """Ids of the events that somebody had his hands on: sent again, after their successors perhaps (`asked`) or surely
+    in their place (`retried`); given up, and given up again before their gaps were told (`untold`)."""
 
     asked: set[int] = field(default_factory=set)
     retried: set[int] = field(default_factory=set)
+    given_up: set[int] = field(default_factory=set)
+    untold: set[int] = field(default_factory=set)
 
 
 @dataclass(eq=False)
