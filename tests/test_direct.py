@@ -179,6 +179,24 @@ def test_no_answer(through: Direct, gateway: Gateway, subscribe: Subscribe, chan
     assert as_json(subscriber.wait_for(1)[0]) == 2
 
 
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"[" * 3_000 + b"]" * 3_000 + b'}},{"publish":{"channel":"hist:other","data":1',
+        b"[" * 3_000 + b"]" * 3_000 + b',"x":[]',
+        b"[" * 3_000 + b"]" * 2_999,
+        b"[" * 3_000 + b'"' + b"]" * 3_000,
+        b"1," + b"[" * 3_000 + b"]" * 3_000,
+    ],
+    ids=["another command", "another field", "too few", "an open string", "two values"],
+)
+def test_what_is_too_deep_to_be_parsed_stays_one_value(through: Direct, gateway: Gateway, payload: bytes) -> None:
+    """No PostgreSQL has parsed it, and it is spliced into the request as it is."""
+    with pytest.raises(InvalidEventError, match="payload is not JSON"):
+        through.publish("order", "1", channels="hist:a", payload=payload)
+    assert gateway.requests == []
+
+
 def test_what_is_never_sent(through: Direct, gateway: Gateway) -> None:
     """Impossible values are refused as `enqueue` does."""
     valid: dict[str, Any] = {"channels": "plain:a", "payload": 1}

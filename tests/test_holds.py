@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import pytest
 from outbox_relay.embedded.centrifugo import DEFAULT_CONFIG, Centrifugo
 from outbox_relay.outcome import Policy
 from outbox_relay.relay import Ended, Options
+from outbox_relay.store import Store
 from tests.conftest import Connect, MakeRelay, RunRelay, StartRelay
 from tests.support.gateway import Command, Exchange, Gateway, refuse
 from tests.support.oracle import violations
@@ -249,3 +251,19 @@ def test_until_empty_says_what_is_left(
     assert start_relay(command=command, wait=False).wait() == 3
     assert run_relay() is Ended.ONLY_HELD
     assert ends(connection, "1") == [(1, "delivered"), (2, "parked"), (3, "parked")]
+
+
+def test_a_relay_that_ends_when_empty_leaves_no_due_hold_behind(connect: Connect, database_url: str) -> None:
+    """What is parked behind it could be sent now, also while another worker has just that in its hands."""
+    connection = connect()
+    write(connection, "1", 1, "plain:1")
+    connection.execute("UPDATE outbox SET state = 'parked'")
+    connection.execute(
+        "INSERT INTO outbox_hold (aggregate_type, aggregate_id, lane, head_id, due_at, tries, attempts, "
+        "first_refused_at, refused_at) "
+        "SELECT aggregate_type, aggregate_id, 0, id, now(), 0, 0, now(), now() FROM outbox"
+    )
+    with closing(Store(database_url)) as store:
+        assert store.left() == (True, True)
+        connection.execute("UPDATE outbox_hold SET due_at = now() + interval '1 hour'")
+        assert store.left() == (False, True)

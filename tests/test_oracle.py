@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.support.oracle import Bill, Fact, History, Hole, Sent, Stream, Struck, Verdict, judge, violations
+from tests.support.oracle import Bill, Fact, Heard, History, Hole, Sent, Stream, Struck, Verdict, judge, violations
 
 AGGREGATES = [("order", str(n)) for n in range(3)]
 COMMITTED = [
@@ -104,7 +104,7 @@ def faultless() -> History:
 def sent(version: int, *aggregates: str, at: float | None = None, codes: Sequence[int] = (0,)) -> Sent:
     """A request with this version of these aggregates: sent, executed and answered within 0.2 s."""
     at = float(version) if at is None else at
-    events = [(f"{aggregate}-{version}", [CHANNEL]) for aggregate in aggregates]
+    events = [(f"{aggregate}-{version}", [CHANNEL], False) for aggregate in aggregates]
     return Sent(at, events, [codes for _ in events], executed_at=at + 0.1, answered_at=at + 0.2)
 
 
@@ -156,6 +156,54 @@ def test_an_event_that_ended_otherwise_and_surfaces_after_its_successors_is_resu
     history.sent = [*history.sent, replace(sent(3, "1"), answered_at=None)]
     assert judge(history).late == 1
     assert "resurrected" not in found(history)
+
+
+def gap(fact: Heard) -> Fact:
+    assert isinstance(fact, Fact)
+    return fact._replace(gap=True)
+
+
+def test_a_gap_is_as_good_as_the_event_in_whose_place_it_is_told() -> None:
+    history = faultless()
+    heard = history.heard[stream("1")]
+    history.rows.ended.add("1-3")
+    heard[2] = gap(heard[2])
+    assert found(history) == []
+    heard[2], heard[3] = heard[3], heard[2]
+    assert found(history) == ["order"]
+
+
+def test_a_gap_that_nobody_was_told_of_is_a_loss() -> None:
+    """Unless the row says that Centrifugo refused it as well."""
+    history = faultless()
+    history.rows.ended.add("1-3")
+    del history.heard[stream("1")][2]
+    assert found(history) == ["loss", "order"]
+    history.rows.excused.add("1-3")
+    assert found(history) == []
+
+
+def test_a_gap_of_an_event_that_has_not_ended_so_is_false() -> None:
+    history = faultless()
+    history.heard[stream("1")].insert(3, gap(history.heard[stream("1")][2]))
+    assert found(history) == ["gap"]
+
+
+def test_a_gap_after_its_event_says_nothing_new() -> None:
+    """The event was sent, not settled because of a kill, and expired before it could be sent again."""
+    history = faultless()
+    history.rows.ended.add("1-3")
+    history.heard[stream("1")].insert(4, gap(history.heard[stream("1")][2]))
+    assert found(history) == []
+
+
+def test_an_event_that_comes_after_its_gap_and_its_successors_is_resurrected() -> None:
+    history = faultless()
+    history.rows.ended.add("1-3")
+    heard = history.heard[stream("1")]
+    heard.append(heard[2])
+    heard[2] = gap(heard[2])
+    assert "resurrected" in found(history)
 
 
 def test_a_dead_event_must_have_been_poison() -> None:

@@ -11,10 +11,12 @@ from typing import Any
 
 import psycopg
 
+from tests.chaos.world import People
 from tests.chaos.writers import GROUPS
 from tests.support.oracle import Aggregate, Fact, Heard, History, Hole, Rows, Sent, Stream, Struck
 
-_STATES_THAT_EXCUSE = ("superseded", "expired", "dead", "discarded")
+_ENDED = ("expired", "dead", "discarded")
+_UNTOLD = "the gap is untold"
 
 
 @dataclass(slots=True)
@@ -31,7 +33,7 @@ class Written:
 
 
 def read(
-    folder: Path, connection: psycopg.Connection[Any], faults: Sequence[Struck], asked: Iterable[int], *, whole: bool
+    folder: Path, connection: psycopg.Connection[Any], faults: Sequence[Struck], people: People, *, whole: bool
 ) -> tuple[History, Written]:
     """Everything, once all is at rest."""
     written = read_writers(sorted(folder.glob("writer-*.jsonl")), connection)
@@ -42,9 +44,11 @@ def read(
         faults=faults,
         rows=read_rows(connection),
         poison=written.poison,
-        asked={written.key_of[id_] for id_ in asked},
+        asked={written.key_of[id_] for id_ in people.asked},
+        retried={written.key_of[id_] for id_ in people.retried},
         whole=whole,
     )
+    history.rows.excused.update(written.key_of[id_] for id_ in people.untold)
     _add_holes(history, folder / "witness.jsonl")
     _add_pruned(history)
     return history, written
@@ -104,10 +108,10 @@ def read_witness(path: Path) -> dict[Stream, list[Heard]]:
             for stream in of_channel[line["lost"]]:
                 heard[stream].append(Hole())
             continue
-        type_, name, version, key = line["fact"]
+        type_, name, version, key, gap = line["fact"]
         stream = aggregates.setdefault(name, (type_, name)), line["on"]
         of_channel[line["on"]].add(stream)
-        heard[stream].append(Fact(stream[0], version, key))
+        heard[stream].append(Fact(stream[0], version, key, gap))
     return heard
 
 
@@ -116,7 +120,7 @@ def read_proxy(path: Path) -> list[Sent]:
     for line in _lines(path):
         number = line["n"]
         if "sent" in line:
-            sent[number] = Sent(line["at"], tuple((key, tuple(channels)) for key, channels in line["sent"]))
+            sent[number] = Sent(line["at"], tuple((key, tuple(channels), gap) for key, channels, gap in line["sent"]))
         elif "executed" in line:
             sent[number].executed(line["at"], line["executed"])
         elif line["answered"] == 200:
@@ -127,12 +131,14 @@ def read_proxy(path: Path) -> list[Sent]:
 def read_rows(connection: psycopg.Connection[Any]) -> Rows:
     rows = Rows()
     with connection.cursor(binary=True) as cursor:
-        cursor.execute("SELECT event_id::text, state::text, date_part('epoch', settled_at) FROM outbox")
-        for key, state, at in cursor:
-            if state in _STATES_THAT_EXCUSE:
+        cursor.execute("SELECT event_id::text, state::text, date_part('epoch', settled_at), error FROM outbox")
+        for key, state, at, error in cursor:
+            if state in _ENDED:
+                rows.ended.add(key)
+            if state == "superseded" or _UNTOLD in (error or ""):
                 rows.excused.add(key)
-                if state == "dead":
-                    rows.dead.add(key)
+            if state == "dead":
+                rows.dead.add(key)
             if at is None:
                 rows.unfinished.add(key)
             else:
@@ -154,7 +160,7 @@ def _add_pruned(history: History) -> None:
     """Rows that retention has deleted were settled after the last request that had their events, as far as we know."""
     last_sent: dict[str, float] = {}
     for request in history.sent:
-        for key, _ in request.events:
+        for key, _, _ in request.events:
             if key not in history.rows.settled_at and key not in history.rows.unfinished:
                 last_sent[key] = max(request.executed_at, request.at)
     history.rows.settled_at.update(last_sent)

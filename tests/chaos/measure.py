@@ -101,7 +101,7 @@ class Left:
         row = connection.execute(_LEFT, {"name": APPLICATION_NAME}).fetchone()
         assert row is not None
         self.unfinished, self.holds, self.sessions, self.in_transaction, self.waiting = row
-        self.sessions_expected = sum(int(str(slot.settings["workers"])) for slot in world.slots)
+        self.sessions_expected = world.sessions
 
     def measure_processes(self, world: World) -> None:
         for slot in world.slots:

@@ -60,7 +60,7 @@ def _accepted(reply: Mapping[str, Any]) -> bool:
 def _publication(
     id_: int, event_id: str, type_: str, name: str, version: int, channels: list[str], payload: str
 ) -> Mapping[str, Any]:
-    tags = {"ob_type": type_, "ob_id": name, "ob_version": str(version), "ob_event": event_id}
+    tags = {"ob_type": type_, "ob_id": name, "ob_version": str(version), "ob_event": event_id, "ob_kind": "change"}
     return {"channels": channels, "data": {}, "tags": tags, "idempotency_key": f"{event_id}:{id_}"}
 
 

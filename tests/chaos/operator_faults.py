@@ -47,16 +47,20 @@ def requeue(world: World, operator: Operator, chance: Random) -> None:
     ids = [event.id for event in operator.dead(Filter(state="dead"))]
     if ids and chance.random() < 0.3:
         # Noted before it happens: what surfaces late must have been asked for.
-        world.asked.update(ids[:5])
+        world.people.asked.update(ids[:5])
         operator.requeue(ids[:5], late=True)
     elif ids:
+        world.people.retried.update(ids)
         operator.requeue(ids)
 
 
 def discard(world: World, operator: Operator, chance: Random) -> None:
-    """Dead events and heads of holds are given up, of things that may be."""
+    """Dead events are given up, and heads of holds: those without a namespace, which can go nowhere."""
     for event in operator.dead(limit=50):
-        if event.aggregate_id.split("-")[0] in {"poison", "nowhere", "refused"} and chance.random() < 0.2:
+        if (event.state == "dead" or event.aggregate_id.startswith("nowhere-")) and chance.random() < 0.2:
+            if event.state != "dead" and event.id in world.people.given_up:
+                world.people.untold.add(event.id)
+            world.people.given_up.add(event.id)
             operator.discard([event.id])
 
 
@@ -67,7 +71,7 @@ def replay(world: World, operator: Operator, chance: Random) -> None:
             "SELECT id FROM outbox WHERE state = 'delivered' AND aggregate_id LIKE 'serial-%' ORDER BY id DESC LIMIT 10"
         ).fetchall()
     ids = [id_ for (id_,) in rows]
-    world.asked.update(ids)
+    world.people.asked.update(ids)
     operator.replay(ids)
 
 

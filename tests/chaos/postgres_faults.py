@@ -17,8 +17,9 @@ from tests.chaos.world import DISK, World
 from tests.support.waiting import wait_until
 
 _END_RELAYS: Final = f"""
-SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = '{APPLICATION_NAME}'
+SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = '{APPLICATION_NAME}'
 """
+"""It waits until they are gone: a busy session hears of its end later."""
 
 
 @contextmanager

@@ -33,6 +33,9 @@ CALM: Final = 4.0
 HEALED_IN: Final = 30.0
 """Seconds after the last fault in which everything must have ended."""
 
+IN_CI: Final = os.environ.get("CI") == "true"
+"""Nothing is left out there."""
+
 _EVERYWHERE: Final = (*relay_faults.FAULTS, *postgres_faults.FAULTS, *network_faults.FAULTS, *operator_faults.FAULTS)
 
 
@@ -50,15 +53,18 @@ class Stage:
     part: float
     """Of the run's time."""
     whole: bool
+    pooler: bool = False
+    """Whether pgbouncer is between the relays and the database, in transaction mode."""
     command: Sequence[str] = RELAY
     """The relay's."""
     patience: float = HEALED_IN
 
 
 STAGES: Final = (
-    Stage("Redis that survives", "redis", (*_EVERYWHERE, *centrifugo_faults.FAULTS), 0.7, whole=True),
-    Stage("memory engine", "memory", (*relay_faults.FAULTS, *centrifugo_faults.FAULTS), 0.15, whole=False),
-    Stage("Redis that does not", "redis", (*relay_faults.FAULTS, *redis_faults.FAULTS), 0.15, whole=False),
+    Stage("Redis that survives", "redis", (*_EVERYWHERE, *centrifugo_faults.FAULTS), 0.58, whole=True),
+    Stage("through pgbouncer", "redis", (*_EVERYWHERE, *centrifugo_faults.FAULTS), 0.18, whole=True, pooler=True),
+    Stage("memory engine", "memory", (*relay_faults.FAULTS, *centrifugo_faults.FAULTS), 0.12, whole=False),
+    Stage("Redis that does not", "redis", (*relay_faults.FAULTS, *redis_faults.FAULTS), 0.12, whole=False),
 )
 
 
@@ -93,9 +99,9 @@ class VoidRunError(Exception):
 def run(stage: Stage, seconds: float, seed: str, rate: float, folder: Path) -> Result:
     """Run a stage for so many seconds of faults. Raises `VoidRunError`."""
     folder.mkdir()
-    with World(folder, stage.engine, seed, rate, stage.command) as world:
+    with World(folder, stage.engine, seed, rate, stage.command, pooler=stage.pooler) as world:
         possible = [fault for fault in stage.faults if not fault.needs or fault.needs in world.has]
-        if len(possible) < len(stage.faults) and os.environ.get("CI") == "true":
+        if len(possible) < len(stage.faults) and IN_CI:
             raise VoidRunError("this machine cannot do every fault: run as root, with libfaketime")
         appointments = schedule(possible, seconds, seed)
         started = time.time()
@@ -109,7 +115,7 @@ def run(stage: Stage, seconds: float, seed: str, rate: float, folder: Path) -> R
         _let_the_witness_finish(world)
         with world.database() as connection:
             faults = [strike.as_struck for strike in struck]
-            history, written = logs.read(folder, connection, faults, world.asked, whole=stage.whole)
+            history, written = logs.read(folder, connection, faults, world.people, whole=stage.whole)
         holes = sum(isinstance(fact, Hole) for facts in history.heard.values() for fact in facts)
         if stage.whole and holes:
             raise VoidRunError(f"the subscriber lost its stream: see {folder / 'witness.jsonl'}")

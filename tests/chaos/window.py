@@ -49,7 +49,7 @@ class Window(Gateway):
                 self.relay_faults.pop(relay, None)
 
     def heard(self, exchange: Exchange) -> None:
-        events = [(command.key.split(":")[0], command.channels) for command in exchange.commands]
+        events = [(c.key.split(":")[0], c.channels, c.key.endswith(":gap")) for c in exchange.commands]
         with self._guard:
             self._count += 1
             exchange.number = self._count

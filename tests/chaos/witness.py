@@ -52,9 +52,7 @@ class Witness(Subscriber):
     def _keep(self, channel: str, tags: dict[str, str], offset: int) -> None:
         if offset:
             self._positions[channel] = (offset, self._positions[channel][1])
-        if tags.get("ob_kind") == "gap":
-            return  # it says that the event will not come: that is no delivery
-        fact = [tags["ob_type"], tags["ob_id"], int(tags["ob_version"]), tags["ob_event"]]
+        fact = [tags["ob_type"], tags["ob_id"], int(tags["ob_version"]), tags["ob_event"], tags["ob_kind"] == "gap"]
         self._write({"at": time.time(), "on": channel, "fact": fact})
 
     def _write(self, line: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from types import TracebackType
@@ -25,6 +25,7 @@ from outbox_relay.migrations import migrate
 from tests.chaos import writers
 from tests.chaos.window import Window
 from tests.support import failpoints
+from tests.support.pgbouncer import PgBouncer
 from tests.support.proxy import TcpProxy
 from tests.support.redis import Redis
 from tests.support.relays import RelayProcess
@@ -42,6 +43,8 @@ POSTGRES: Final[Mapping[str, str]] = {
     "max_wal_size": "512MB",
     "log_min_messages": "fatal",
 }
+POOL: Final = 20
+"""Sessions that pgbouncer has with the server, at most."""
 RELAYS: Final[tuple[Mapping[str, object], ...]] = (
     {"workers": 2},
     {"workers": 1, "parallel": True, "wake_up": False},
@@ -69,6 +72,17 @@ def namespace(name: str, size: int) -> dict[str, Any]:
 HISTORY: Final = (namespace("hist", 20_000), namespace("big", 50))
 
 
+@dataclass(slots=True)
+class People:
+    """Ids of the events that somebody had his hands on: sent again, after their successors perhaps (`asked`) or surely
+    in their place (`retried`); given up, and given up again before their gaps were told (`untold`)."""
+
+    asked: set[int] = field(default_factory=set)
+    retried: set[int] = field(default_factory=set)
+    given_up: set[int] = field(default_factory=set)
+    untold: set[int] = field(default_factory=set)
+
+
 @dataclass(eq=False)
 class Slot:
     """A relay's place: its proxies and its settings outlive the process."""
@@ -86,10 +100,21 @@ class Slot:
 class World:
     """Everything, running from the start of the `with` block.
 
-    `engine` is Centrifugo's. `rate` is how many events per second the writers aim at. `command` starts a relay.
+    `engine` is Centrifugo's. `rate` is how many events per second the writers aim at. `command` starts a relay. With a
+    `pooler`, the relays' way to the database leads through pgbouncer.
     """
 
-    def __init__(self, folder: Path, engine: Engine, seed: str, rate: float, command: Sequence[str] = RELAY) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        engine: Engine,
+        seed: str,
+        rate: float,
+        command: Sequence[str] = RELAY,
+        *,
+        pooler: bool = False,
+    ) -> None:
+        self.pooler = pooler
         self.folder = folder
         self.engine = engine
         self._seed = seed
@@ -99,8 +124,7 @@ class World:
         self._guard = threading.Lock()
         self.has: set[str] = {"faketime"} if FAKETIME is not None else set()
         """What this machine can do, as `Fault.needs` names it."""
-        self.asked: set[int] = set()
-        """Ids that a person had sent again, after their successors perhaps."""
+        self.people = People()
 
     def __enter__(self) -> Self:
         try:
@@ -124,6 +148,7 @@ class World:
             sa.create_engine(sa.make_url(self.database_url).set(drivername="postgresql+psycopg"), poolclass=sa.NullPool)
         )
         writers.set_up(self.database_url)
+        self._relays_port = enter(PgBouncer(self.postgres.url(), POOL)).port if self.pooler else self.postgres.port
         self.redis = enter(Redis()) if self.engine == "redis" else None
         self.centrifugo = enter(Centrifugo(find_or_build(), config=self.config()))
         self.window = enter(Window(self.centrifugo.api_url, self.folder / "proxy.jsonl"))
@@ -198,7 +223,7 @@ class World:
             slot.process = self._relay(slot.settings, slot.clock)
 
     def _slot(self, name: str, settings: Mapping[str, object]) -> Slot:
-        database = self._stack.enter_context(TcpProxy("127.0.0.1", self.postgres.port))
+        database = self._stack.enter_context(TcpProxy("127.0.0.1", self._relays_port))
         failpoint = self.folder / f"{name}.failpoint"
         clock = self.folder / f"{name}.clock"
         clock.write_text("+0")
@@ -221,6 +246,11 @@ class World:
         process = RelayProcess(self.folder, settings, command)
         self._stack.callback(process.kill)
         return process
+
+    @property
+    def sessions(self) -> int:
+        """How many sessions the relays may have with the database, at most."""
+        return POOL if self.pooler else sum(int(str(slot.settings["workers"])) for slot in self.slots)
 
     def arm(self, slot: Slot, point: str, number: signal.Signals) -> None:
         failpoints.arm(slot.failpoint, point, number)

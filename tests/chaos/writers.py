@@ -39,8 +39,10 @@ changed AS (
     UPDATE thing AS t SET version = version + 1 FROM locked WHERE t.id = locked.id
     RETURNING t.id, t.version, t.channels
 )
-INSERT INTO outbox (aggregate_type, aggregate_id, version, kind, channels, payload)
-SELECT 'thing', id, version, %(kind)s::outbox_kind, channels, %(payload)s::json FROM changed
+INSERT INTO outbox (aggregate_type, aggregate_id, version, kind, channels, payload, expires_at)
+SELECT 'thing', id, version, %(kind)s::outbox_kind, channels, %(payload)s::json,
+       clock_timestamp() + %(lives)s * interval '1 second'
+FROM changed
 RETURNING event_id::text, aggregate_id, version, id
 """
 
@@ -56,8 +58,9 @@ class Group(NamedTuple):
     channels: Callable[[int], Sequence[str]]
 
 
+THINGS: Final = 3_000
 GROUPS: Final = (
-    Group("uniform", 400, lambda n: [f"hist:u{n % 20}"]),
+    Group("uniform", THINGS, lambda n: [f"hist:u{n % 20}"]),
     Group("zipf", 300, lambda n: [f"hist:z{n % 5}"]),
     Group("hot", 1, lambda _: ["hist:hot"]),
     Group("several", 40, lambda n: [f"hist:s{n % 2}", "hist:s2", "hist:s3"]),
@@ -66,6 +69,7 @@ GROUPS: Final = (
     Group("slow", 20, lambda _: ["hist:slow"]),
     Group("big", 6, lambda n: [f"big:{n % 3}"]),
     Group("poison", 10, lambda _: ["hist:poison"]),
+    Group("fleeting", 20, lambda _: ["hist:fleeting"]),
     Group("nowhere", 3, lambda _: ["nowhere:x"]),
     Group("refused", 10, lambda _: ["hist:refused"]),
 )
@@ -125,10 +129,18 @@ class Application:
                 continue
             due = time.monotonic() + 0.1
 
-    def change(self, group: str, numbers: Sequence[int], payload: str = '{"n":1}', kind: str = "change") -> None:
-        """Give these things a new version each, with an event that says so."""
-        ids = [f"{group}-{number}" for number in numbers]
-        rows = self.session.execute(_CHANGE, {"ids": ids, "payload": payload, "kind": kind}).fetchall()
+    def change(
+        self,
+        group: str,
+        numbers: Sequence[int],
+        payload: str = '{"n":1}',
+        kind: str = "change",
+        *,
+        lives: float | None = None,
+    ) -> None:
+        """Give these things a new version each, with an event that says so; it `lives` for so many seconds."""
+        parameters = {"ids": [f"{group}-{number}" for number in numbers], "payload": payload, "kind": kind}
+        rows = self.session.execute(_CHANGE, {**parameters, "lives": lives}).fetchall()
         may_die = REFUSED in payload or len(payload) > MIDDLE_BOX_BYTES
         self._written += [[*row, may_die] for row in rows]
 
@@ -176,10 +188,10 @@ class Application:
 def uniform(app: Application) -> None:
     """Many things, some of them several times in a transaction, some changes taken back."""
     for _ in range(app.chance.randint(1, 3)):
-        app.change("uniform", app.chance.sample(range(400), app.chance.randint(1, 60)), _payload(app.chance))
+        app.change("uniform", app.chance.sample(range(THINGS), app.chance.randint(1, 100)), _payload(app.chance))
         if app.chance.random() < 0.1:
             with app.savepoint():
-                app.change("uniform", app.chance.sample(range(400), 5))
+                app.change("uniform", app.chance.sample(range(THINGS), 5))
 
 
 def zipf(app: Application) -> None:
@@ -210,10 +222,11 @@ def late(app: Application) -> None:
 
 
 def odd(app: Application) -> None:
-    """Deleted and made again; up to a mebibyte; refused by Centrifugo for ever; refused by a middle box."""
+    """Deleted and made again; soon expired; up to a mebibyte; refused for ever by Centrifugo, or by a middle box."""
     number = app.chance.randrange(20)
     app.change("reborn", [number], "null", "tombstone")
     app.change("reborn", [number], '{"reborn":true}', "snapshot")
+    app.change("fleeting", [number], lives=app.chance.choice([0.01, 0.5, 2.0]))
     match app.chance.randrange(12):
         case 0:
             app.change(

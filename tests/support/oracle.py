@@ -23,11 +23,15 @@ Stream = tuple[Aggregate, str]
 
 
 class Fact(NamedTuple):
-    """One event, as the writer committed it or as a subscriber received it. `key` is its event_id."""
+    """One event, as the writer committed it or as a subscriber received it. `key` is its event_id.
+
+    A `gap` was received in the event's place: it says that the event will not come.
+    """
 
     aggregate: Aggregate
     version: int
     key: str
+    gap: bool = False
 
 
 class Hole(NamedTuple):
@@ -41,13 +45,13 @@ Heard = Fact | Hole
 class Sent:
     """A request of a relay, as the proxy before Centrifugo saw it. Times are seconds since 1970.
 
-    `events` are keys and channels. `codes` are what Centrifugo answered for each event's channels, 0 where it
-    accepted; empty where it never executed the request. `answered_at` is when the relay was told so; None where it
-    was not. `repeated`: the proxy itself sent it twice.
+    `events` are keys, channels, and whether it is the event's gap. `codes` are what Centrifugo answered for each
+    event's channels, 0 where it accepted; empty where it never executed the request. `answered_at` is when the relay
+    was told so; None where it was not. `repeated`: the proxy itself sent it twice.
     """
 
     at: float
-    events: Sequence[tuple[str, Sequence[str]]]
+    events: Sequence[tuple[str, Sequence[str], bool]]
     codes: Sequence[Sequence[int]] = ()
     executed_at: float = 0.0
     answered_at: float | None = None
@@ -71,8 +75,10 @@ class Struck:
 class Rows:
     """What the table says at the end."""
 
+    ended: set[str] = field(default_factory=set)
+    """Events that ended as expired, dead or discarded: they, or their gaps, were received."""
     excused: set[str] = field(default_factory=set)
-    """Events that ended as superseded, expired, dead or discarded."""
+    """Events that nobody need have heard of: superseded, or ended with a gap that Centrifugo refused as well."""
     dead: set[str] = field(default_factory=set)
     unfinished: set[str] = field(default_factory=set)
     """Events that are still pending or parked."""
@@ -94,6 +100,8 @@ class History:
     """Events that no relay could deliver: the only ones that may be dead."""
     asked: set[str] = field(default_factory=set)
     """Events that a person had sent again, after their successors perhaps: they have no place in any order."""
+    retried: set[str] = field(default_factory=set)
+    """Events that a person had sent again in their place, after their gaps were told."""
     whole: bool = True
     """Whether the subscriber's own stream has no hole: else the proxy's log says what was published."""
 
@@ -144,6 +152,7 @@ def judge(history: History) -> Verdict:
             history.owed.get(stream, []),
             history.heard.get(stream, []),
             excused=history.rows.excused,
+            ended=history.rows.ended,
             late=may_be_late,
             asked=history.asked,
         )
@@ -153,6 +162,7 @@ def judge(history: History) -> Verdict:
         found += list(_published(history))
         found += list(_sent_in_order(history))
     found += [f"blamed: {key} is dead and was no poison" for key in history.rows.dead if key not in history.poison]
+    found += list(_false_gaps(history))
     found += [f"unfinished: {key} has not ended" for key in history.rows.unfinished]
     found += list(_stale(history))
     bills, free = bill(history)
@@ -171,14 +181,16 @@ def judge_stream(
     heard: Iterable[Heard],
     *,
     excused: Container[str] = frozenset(),
+    ended: Container[str] = frozenset(),
     late: Container[str] = frozenset(),
     asked: Container[str] = frozenset(),
 ) -> Judged:
     """Judge what was heard of an aggregate on a channel.
 
     Each delivery is the successor of the one before, or a step back of which the way forward is then repeated: after
-    a crash the events of a batch come again. `excused` events need not come. `late` ones may come again, or after
-    their successors where they are excused or `asked` for. After a hole the stream may go on anywhere.
+    a crash the events of a batch come again. A gap is as good as the event in whose place it comes. `excused` events
+    need not come. `late` ones may come again, or after their successors where they are `excused`, `ended` or `asked`
+    for. After a hole the stream may go on anywhere.
     """
     position = {fact: place for place, fact in enumerate(owed)}
     # How many owed events there are before each place: what may be skipped does not count.
@@ -187,6 +199,7 @@ def judge_stream(
         before.append(before[-1] + (fact.key not in excused and fact.key not in asked))
     found: list[str] = []
     seen: set[int] = set()
+    sound: set[str] = set()  # keys of events heard themselves, not their gaps
     last = -1
     duplicates = surfaced = 0
     holes = anywhere = False
@@ -194,14 +207,18 @@ def judge_stream(
         if isinstance(delivery, Hole):
             holes = anywhere = True
             continue
-        fact = delivery
+        fact = delivery._replace(gap=False) if delivery.gap else delivery
+        otherwise = fact.key in ended or fact.key in excused
         place = position.get(fact)
         if place is None:
             found.append(f"phantom: {fact} was never committed")
             continue
         again = place in seen
         duplicates += again
-        if place < last and fact.key in late and (again or fact.key in excused or fact.key in asked):
+        if delivery.gap and again:
+            # It was sent, not settled because of a fault, and has expired before it could be sent again.
+            continue
+        if place < last and fact.key in late and (again or otherwise or fact.key in asked):
             surfaced += 1
             seen.add(place)
             continue
@@ -210,9 +227,11 @@ def judge_stream(
         missed = before[place] - before[last + 1] if place > last else 0
         if missed:
             found.append(f"order: {fact} arrived {missed} event(s) too early")
-        elif place < last and not again and not holes and fact.key in excused:
+        elif place < last and otherwise and not delivery.gap and not holes and fact.key not in sound:
             found.append(f"resurrected: {fact} had ended otherwise and arrived after {owed[last]}")
         seen.add(place)
+        if not delivery.gap:
+            sound.add(fact.key)
         last = place
     if not holes:
         found += [
@@ -234,21 +253,21 @@ def bill(history: History) -> tuple[list[Bill], list[str]]:
     charged: Counter[int] = Counter()
     in_flight: Counter[int] = Counter()
     found: list[str] = []
-    last_sent: dict[str, float] = {}
+    last_sent: dict[tuple[str, bool], float] = {}
     for request in history.sent:
         for number in range(bisect_right(strikes, request.at - LONGEST), len(faults)):
             fault = faults[number]
             if fault.healed < request.at:
                 continue
-            met = sum(settled.get(key, request.executed_at) > fault.at for key, _ in request.events)
+            met = sum(settled.get(key, request.executed_at) > fault.at for key, _, _ in request.events)
             if fault.at > request.at and not met:
                 break
             in_flight[number] += met
-        for (key, _), codes in zip(request.events, request.codes, strict=False):
+        for (key, _, gap), codes in zip(request.events, request.codes, strict=False):
             if 0 not in codes:
                 continue
-            before = last_sent.get(key)
-            last_sent[key] = request.at
+            before = last_sent.get((key, gap))
+            last_sent[key, gap] = request.at
             if before is None or key in history.asked:
                 continue
             # The last fault that met it: sent before the healing, and not settled when it struck.
@@ -272,9 +291,9 @@ def _unanswered(sent: Iterable[Sent]) -> set[str]:
     keys: set[str] = set()
     for request in sent:
         if request.answered_at is None or request.repeated:
-            keys.update(key for key, _ in request.events)
+            keys.update(key for key, _, _ in request.events)
         else:
-            keys.update(key for (key, _), codes in zip(request.events, request.codes, strict=False) if 100 in codes)
+            keys.update(key for (key, _, _), codes in zip(request.events, request.codes, strict=False) if 100 in codes)
     return keys
 
 
@@ -282,7 +301,7 @@ def _published(history: History) -> Iterable[str]:
     """I1 at the proxy: Centrifugo accepted every owed event on each of its channels."""
     accepted: dict[str, set[str]] = defaultdict(set)
     for request in history.sent:
-        for (key, channels), codes in zip(request.events, request.codes, strict=False):
+        for (key, channels, _), codes in zip(request.events, request.codes, strict=False):
             accepted[key].update(channel for channel, code in zip(channels, codes, strict=True) if not code)
     for (_, channel), facts in history.owed.items():
         for fact in facts:
@@ -308,9 +327,9 @@ def _sent_in_order(history: History) -> Iterable[str]:
         while told < len(answers) and answers[told][0] <= request.at:
             answered = history.sent[answers[told][1]]
             told += 1
-            for (key, channels), codes in zip(answered.events, answered.codes, strict=False):
+            for (key, channels, _), codes in zip(answered.events, answered.codes, strict=False):
                 accepted.update((key, channel) for channel, code in zip(channels, codes, strict=True) if not code)
-        for key, _ in request.events:
+        for key, _, _ in request.events:
             if key in first_sent or key in history.asked:
                 continue
             first_sent.add(key)
@@ -324,6 +343,15 @@ def _sent_in_order(history: History) -> Iterable[str]:
                 next_place[stream] = max(next_place[stream], reached)
                 if reached < place:
                     yield f"order: {facts[place]} was sent on {channel} while {facts[reached]} had not ended"
+
+
+def _false_gaps(history: History) -> Iterable[str]:
+    """A gap is told of an event that will not come, and of no other."""
+    may = history.rows.ended | history.rows.excused | history.asked | history.retried
+    for stream, heard in history.heard.items():
+        for fact in heard:
+            if isinstance(fact, Fact) and fact.gap and fact.key not in may:
+                yield f"gap: {fact} was told on {stream[1]} and has not ended so"
 
 
 def _stale(history: History) -> Iterable[str]:

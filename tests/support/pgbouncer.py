@@ -69,6 +69,8 @@ class PgBouncer:
             f"listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
             "auth_type = any\n"
             f"pool_mode = transaction\ndefault_pool_size = {self._sessions}\n"
+            # It would wait 15 s until it tries a server again that was down.
+            "server_login_retry = 1\n"
         )
         process = Process(
             (self._program, settings), log=folder / "log", cwd=folder, env=os.environ, user=self._user, remove=folder
