@@ -28,6 +28,8 @@ class Fault:
     seconds: tuple[float, float] = (0.0, 0.0)
     beside: bool = False
     from_strike: bool = False
+    quiet: bool = False
+    """Whether it keeps no event from being delivered, so that the recovery from others can be measured meanwhile."""
     alone_with: Literal["", "Centrifugo", "PostgreSQL", "Redis"] = ""
     """The server that it stops and starts: one fault at a time may do so."""
     needs: Literal["", "disk", "faketime"] = ""

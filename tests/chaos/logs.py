@@ -12,7 +12,7 @@ from typing import Any
 import psycopg
 
 from tests.chaos.world import People
-from tests.chaos.writers import GROUPS
+from tests.chaos.writers import GROUPS, PLAIN
 from tests.support.oracle import Aggregate, Fact, Heard, History, Hole, Rows, Sent, Stream, Struck
 
 _ENDED = ("expired", "dead", "discarded")
@@ -25,6 +25,8 @@ class Written:
 
     owed: dict[Stream, list[Fact]] = field(default_factory=lambda: defaultdict(list))
     committed_at: dict[str, float] = field(default_factory=dict)
+    plain_at: dict[str, float] = field(default_factory=dict)
+    """The same, of things that nothing but a fault holds up: no refusals, no strict order of thousands."""
     poison: set[str] = field(default_factory=set)
     key_of: dict[int, str] = field(default_factory=dict)
     transactions: int = 0
@@ -65,6 +67,8 @@ def read_writers(paths: Iterable[Path], connection: psycopg.Connection[Any]) -> 
                 for channel in channels[name]:
                     written.owed[aggregates[name], channel].append(fact)
                 written.committed_at[key] = at
+                if name.split("-")[0] in PLAIN:
+                    written.plain_at[key] = at
                 written.key_of[id_] = key
                 if may_die:
                     written.poison.add(key)
@@ -100,16 +104,20 @@ def _looked_up(transaction: dict[str, Any], connection: psycopg.Connection[Any],
 def read_witness(path: Path) -> dict[Stream, list[Heard]]:
     heard: dict[Stream, list[Heard]] = defaultdict(list)
     of_channel: dict[str, set[Stream]] = defaultdict(set)
+    holed: set[str] = set()  # channels: what is heard there first may have been in the hole before
     aggregates: dict[str, Aggregate] = {}
     for line in _lines(path):
         if "refused" in line:
             continue
         if "lost" in line:
+            holed.add(line["lost"])
             for stream in of_channel[line["lost"]]:
                 heard[stream].append(Hole())
             continue
         type_, name, version, key, gap = line["fact"]
         stream = aggregates.setdefault(name, (type_, name)), line["on"]
+        if line["on"] in holed and stream not in heard:
+            heard[stream].append(Hole())
         of_channel[line["on"]].add(stream)
         heard[stream].append(Fact(stream[0], version, key, gap))
     return heard
@@ -152,8 +160,8 @@ def _add_holes(history: History, path: Path) -> None:
     """Whatever was never heard of a channel that the subscriber lost may have been in the hole."""
     lost = {line["lost"] for line in _lines(path) if "lost" in line}
     for stream in history.owed:
-        if stream[1] in lost and Hole() not in history.heard.get(stream, ()):
-            history.heard[stream] = [Hole(), *history.heard.get(stream, ())]
+        if stream[1] in lost and stream not in history.heard:
+            history.heard[stream] = [Hole()]
 
 
 def _add_pruned(history: History) -> None:

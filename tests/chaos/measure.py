@@ -67,7 +67,11 @@ def recovery(strike: Strike, strikes: Sequence[Strike], waiting: Waiting) -> flo
     if ended is None:
         return None
     if any(
-        other is not strike and other.at < max(ended, strike.healed) and other.healed > strike.at for other in strikes
+        other is not strike
+        and not other.fault.quiet
+        and other.at < max(ended, strike.healed)
+        and other.healed > strike.at
+        for other in strikes
     ):
         return None
     return max(0.0, ended - (strike.struck if strike.fault.from_strike else strike.healed))

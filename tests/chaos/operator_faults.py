@@ -80,8 +80,8 @@ def prune(world: World, operator: Operator, chance: Random) -> None:
 
 
 FAULTS: Final = (
-    Fault("requeue meanwhile", meddling(requeue, 0.3), (1.0, 3.0), beside=True),
-    Fault("discard meanwhile", meddling(discard, 0.3), (1.0, 3.0), beside=True),
-    Fault("replay meanwhile", meddling(replay, 0.3), (0.5, 1.0), beside=True),
-    Fault("retention meanwhile", meddling(prune, 0.1), (1.0, 3.0), beside=True),
+    Fault("requeue meanwhile", meddling(requeue, 0.3), (1.0, 3.0), beside=True, quiet=True),
+    Fault("discard meanwhile", meddling(discard, 0.3), (1.0, 3.0), beside=True, quiet=True),
+    Fault("replay meanwhile", meddling(replay, 0.3), (0.5, 1.0), beside=True, quiet=True),
+    Fault("retention meanwhile", meddling(prune, 0.1), (1.0, 3.0), beside=True, quiet=True),
 )

@@ -131,6 +131,6 @@ FAULTS: Final = (
     Fault("max_connections exhausted", connections_exhausted, (0.5, 2.0)),
     Fault("disk full", disk_full, (0.5, 2.0), alone_with="PostgreSQL", needs="disk"),
     Fault("outbox locked by DDL", locked_by_ddl, (0.5, 2.5)),
-    Fault("long transaction", long_transaction, (2.0, 6.0), beside=True),
-    Fault("snapshot held", snapshot_held, (5.0, 15.0), beside=True),
+    Fault("long transaction", long_transaction, (2.0, 6.0), beside=True, quiet=True),
+    Fault("snapshot held", snapshot_held, (5.0, 15.0), beside=True, quiet=True),
 )

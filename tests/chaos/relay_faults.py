@@ -122,5 +122,5 @@ FAULTS: Final = (
         from_strike=True,
     ),
     Fault("SIGTERM storm", stopped_in_a_storm),
-    Fault("clock stepped by an hour", clock_stepped, (2.0, 4.0), beside=True, needs="faketime"),
+    Fault("clock stepped by an hour", clock_stepped, (2.0, 4.0), beside=True, quiet=True, needs="faketime"),
 )

@@ -120,7 +120,7 @@ def run(stage: Stage, seconds: float, seed: str, rate: float, folder: Path) -> R
         if stage.whole and holes:
             raise VoidRunError(f"the subscriber lost its stream: see {folder / 'witness.jsonl'}")
         verdict = judge(history)
-        waiting = Waiting(written.committed_at, history.rows.settled_at)
+        waiting = Waiting(written.plain_at, history.rows.settled_at)
         return Result(
             stage,
             verdict,

@@ -73,6 +73,8 @@ GROUPS: Final = (
     Group("nowhere", 3, lambda _: ["nowhere:x"]),
     Group("refused", 10, lambda _: ["hist:refused"]),
 )
+PLAIN: Final = frozenset({"uniform", "several", "serial", "reborn"})
+"""What nothing but a fault holds up."""
 CHANNELS: Final = sorted({channel for group in GROUPS for n in range(group.size) for channel in group.channels(n)})
 
 
