@@ -182,6 +182,8 @@ class _Storm:
                 at = time.time()
                 with fault.strike(self._world, Random(appointment.seed)):
                     struck = time.time()
+                    # Waiting for a victim is no part of the fault: what was sent then was not in flight.
+                    at = self._world.held.pop(threading.get_ident(), at)
                     time.sleep(appointment.seconds)
                 self._struck.append(Strike(fault, at, struck, time.time()))
         except BaseException as error:

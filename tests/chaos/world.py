@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -122,6 +123,8 @@ class World:
         self._command = command
         self._stack = ExitStack()
         self._guard = threading.Lock()
+        self.held: dict[int, float] = {}
+        """By thread: when it got hold of its first victim, seconds since 1970."""
         self.has: set[str] = {"faketime"} if FAKETIME is not None else set()
         """What this machine can do, as `Fault.needs` names it."""
         self.people = People()
@@ -210,6 +213,7 @@ class World:
         [slot] = free
         try:
             slot.process.wait_for("relay started")
+            self.held.setdefault(threading.get_ident(), time.time())
             yield slot
         finally:
             slot.failpoint.unlink(missing_ok=True)
