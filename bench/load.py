@@ -45,10 +45,13 @@ CENTRIFUGO_INDEX: Final = "CREATE INDEX centrifugo_outbox_partition ON centrifug
 """Not documented, and needed: without it a partition's oldest rows are found by reading other partitions' rows."""
 
 # What the relay publishes for the same event, as a request of Centrifugo's API.
+EPOCH: Final = "0a4ee8b53e0d4e42"
+"""As long as ours, which says what cluster it is."""
+
 _PUBLISH: Final = f"""
 json_build_object('channel', channel, 'data', {PAYLOAD}::json, 'idempotency_key', event_id || ':' || n,
     'tags', json_build_object('ob', '1', 'ob_type', 'order', 'ob_id', aggregate::text, 'ob_version', version::text,
-                              'ob_event', event_id, 'ob_kind', 'change'))
+                              'ob_event', event_id, 'ob_kind', 'change', 'ob_epoch', '{EPOCH}'))
 """
 
 _CENTRIFUGO: Final = f"""

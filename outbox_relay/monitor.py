@@ -104,6 +104,8 @@ class _Server(ThreadingTCPServer):
     allow_reuse_address = True
     daemon_threads = True
     block_on_close = False
+    # With the 5 of socketserver, clients that come together wait for seconds in TCP's retries.
+    request_queue_size = CLIENTS
 
     def __init__(self, host: str, port: int, pages: Mapping[str, Page]) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET

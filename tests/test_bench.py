@@ -217,6 +217,7 @@ def comparable(requests: Sequence[dict[str, Any]]) -> dict[Event, dict[str, Any]
     for request in requests:
         tags = dict(request["tags"])
         uuid = tags.pop("ob_event")
+        assert re.fullmatch(r"[0-9a-f]{16}", tags.pop("ob_epoch"))
         assert re.fullmatch(rf"{uuid}:\d+", request["idempotency_key"])
         without_key = {name: value for name, value in request.items() if name not in {"idempotency_key", "tags"}}
         found[tags["ob_id"], int(tags["ob_version"])] = without_key | {"tags": tags}

@@ -241,10 +241,11 @@ def test_size_and_cost_stay_flat_over_a_month(connect: Connect, database_url: st
                 (day, EVENTS_A_DAY),
             )
             with store.batch():
-                claims.append(buffers(store, store_room._CLAIM, after=0, limit=256))
+                hint = store._hint.parameters
+                claims.append(buffers(store, store_room._CLAIM, after=0, limit=256, holds=256, **hint))
                 claim = store.claim(after=0, lanes=256)
                 lanes = [lane.lane for lane in claim.lanes]
-                reading = {"lanes": lanes, "quota": EVENTS_A_DAY, "max_bytes": 10_000_000}
+                reading = {"lanes": lanes, "quota": EVENTS_A_DAY, "max_bytes": 10_000_000, **hint}
                 claims[-1] += buffers(store, store_room._READ_PENDING, **reading)
                 batch = store.read(claim.lanes, events=EVENTS_A_DAY, per_lane=EVENTS_A_DAY, max_bytes=10_000_000)
                 assert len(batch.events) == EVENTS_A_DAY

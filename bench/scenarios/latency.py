@@ -61,9 +61,9 @@ WITH changed AS (
     RETURNING id::text AS id, version
 )
 """
-_TAGS: Final = """
+_TAGS: Final = f"""
 jsonb_build_object('ob', '1', 'ob_type', 'order', 'ob_id', id, 'ob_version', version::text, 'ob_event', %(key)s::text,
-                   'ob_kind', 'change')
+                   'ob_kind', 'change', 'ob_epoch', '{load.EPOCH}')
 """
 _OURS: Final = f"""
 {_CHANGE}

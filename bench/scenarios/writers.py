@@ -59,6 +59,7 @@ _TAGS: Final = {
     "ob_version": "1",
     "ob_event": _EVENT_ID,
     "ob_kind": "change",
+    "ob_epoch": load.EPOCH,
 }
 _REQUEST: Final = {
     "channel": "plain:1",
