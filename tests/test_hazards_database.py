@@ -119,7 +119,7 @@ def test_hazard_7_a_deadlock_while_settling_repeats_only_the_settling(
 
     def patient(store: Store, *args: Any, **settings: Any) -> None:
         original(store, *args, **settings)
-        store._begin = store._begin.replace("lock_timeout = 1000", "lock_timeout = 30000")
+        store._connection.execute("SET lock_timeout = 30000")
 
     monkeypatch.setattr(Store, "__init__", patient)
     # Who waits last looks for the deadlock, and the relay looks early.

@@ -339,7 +339,7 @@ def test_the_epoch_in_the_applications_state(book: Book) -> None:
             check=True,
             capture_output=True,
         )
-    assert [answer["orders"] for answer in answers] == [[{"id": 1, "version": 1}]] * 2
+    assert [answer["objects"] for answer in answers] == [[{"id": 1, "version": 1}]] * 2
     assert answers[0]["epoch"] != answers[1]["epoch"]
 
 
