@@ -51,6 +51,7 @@ class MakeRelay(Protocol):
         api_key: str | None = None,
         request_timeout: float = 3.0,
         batch_time: float = 1.0,
+        parallel: bool | None = None,
         server: Centrifugo | None = None,
     ) -> Relay: ...
 
@@ -258,6 +259,7 @@ def make_relay(database_url: str, centrifugo: Centrifugo, relay_options: Options
         api_key: str | None = None,
         request_timeout: float = 3.0,
         batch_time: float = 1.0,
+        parallel: bool | None = None,
         server: Centrifugo | None = None,
     ) -> Relay:
         target = server or centrifugo
@@ -268,7 +270,9 @@ def make_relay(database_url: str, centrifugo: Centrifugo, relay_options: Options
                 request_timeout=request_timeout,
                 batch_time=batch_time,
             ),
-            lambda: Publisher(api_url or target.api_url, api_key or target.api_key, timeout=request_timeout),
+            lambda: Publisher(
+                api_url or target.api_url, api_key or target.api_key, timeout=request_timeout, parallel=parallel
+            ),
             options or relay_options,
         )
 

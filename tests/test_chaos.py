@@ -34,10 +34,13 @@ def without_faults(kind: str, folder: Path) -> Result:
 
 @pytest.mark.parametrize(
     ("kind", "fails_by"),
-    [("skip_locked", "order: "), ("cursor", "loss: "), ("hint", "order: ")],
+    [("skip_locked", ("order: ",)), ("cursor", ("loss: ",)), ("hint", ("order: ", "loss: "))],
 )
-def test_a_naive_relay_fails(kind: str, fails_by: str, folder: Path) -> None:
-    """SKIP LOCKED on event rows; id > cursor; a start hint without the safety rule."""
+def test_a_naive_relay_fails(kind: str, fails_by: tuple[str, ...], folder: Path) -> None:
+    """SKIP LOCKED on event rows; id > cursor; a start hint without the safety rule.
+
+    Such a hint leaves a late commit below it, and what becomes of that depends on whether it ever starts anew.
+    """
     found = [text for text in without_faults(kind, folder).verdict.violations if text.startswith(fails_by)]
     assert found, f"the harness has nothing against {kind}"
     print(f"{kind}, one counterexample of {len(found)}: {found[0]}")

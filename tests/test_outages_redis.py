@@ -91,7 +91,9 @@ def test_redis_killed_in_mid_batch(
         redis.kill()
 
     with Gateway(server.api_url) as gateway, in_background(kill) as killed:
-        with make_relay(replace(HARSH, lanes=256), api_url=gateway.url, server=server):
+        # One worker and no trials of `parallel`: one request of 500, one event after the other.
+        options = replace(HARSH, lanes=256, workers=1)
+        with make_relay(options, api_url=gateway.url, parallel=False, server=server):
             killed()
             wait_until(lambda: tries(connection) >= 2, "all that were refused are tried again")
             assert states(connection).get("delivered", 0) > 0

