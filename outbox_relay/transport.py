@@ -1,8 +1,8 @@
 """httpx's transport by the standard library's HTTP, with one deadline for the whole request.
 
 httpx's own time-outs are per operation. A process that was stopped in mid-request and goes on after the deadline sends
-not one byte more: the server sees a request cut short and runs none of it. Its own transport also takes more time for a
-small request than all the rest of a batch, and twice as much for a large one.
+not one byte more: the server sees a request cut short and runs none of it. A request of one event also takes a third
+less time than by httpx's own transport; one of 1,000 about the same.
 """
 
 from __future__ import annotations
