@@ -15,7 +15,8 @@ from outbox_relay.metrics import BacklogCollector, HealthCollector, Metrics, reg
 from outbox_relay.monitor import Monitor
 from outbox_relay.outcome import Policy
 from outbox_relay.packing import Limits, Wire, Wires
-from outbox_relay.relay import Observer, Options, Relay
+from outbox_relay.relay import Options, Relay
+from outbox_relay.shared import Observer
 from outbox_relay.store import Store
 
 

@@ -15,8 +15,8 @@ from typing import Any, Final
 import httpx
 import orjson
 
+from outbox_relay.event import ACCEPTED, Event, Outage, Refusal, Reply, boottime
 from outbox_relay.log import MASK, get_logger, printable
-from outbox_relay.outcome import ACCEPTED, Event, Outage, Refusal, Reply, boottime
 from outbox_relay.pace import Pace
 from outbox_relay.packing import Wires
 from outbox_relay.transport import Deadline, DeadlineTransport

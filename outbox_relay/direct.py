@@ -21,8 +21,8 @@ from outbox_relay import config
 from outbox_relay.build import build_publisher
 from outbox_relay.centrifugo import Centrifugo
 from outbox_relay.config import Settings
+from outbox_relay.event import Event, Outage, Refusal, Reply
 from outbox_relay.outbox import DEFAULT_MAX_PAYLOAD, Kind, NewEvent, checked
-from outbox_relay.outcome import Event, Outage, Refusal, Reply
 
 IDLE_CONNECTIONS: Final = 8
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from outbox_relay.outcome import boottime
+from outbox_relay.event import boottime
 
 Reason = Literal["starting", "stopping", "frozen", "database", "outage"]
 

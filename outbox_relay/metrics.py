@@ -17,9 +17,10 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from outbox_relay.event import Event, Outage
 from outbox_relay.health import Health
 from outbox_relay.log import get_logger
-from outbox_relay.outcome import Event, GivenUp, Outage, Outcome, Settlement, Unsettled
+from outbox_relay.outcome import GivenUp, Outcome, Settlement, Unsettled
 
 log = get_logger()
 

@@ -1,4 +1,4 @@
-"""What became of an event: values and decisions, without database or network.
+"""What became of an event: decisions, without database or network.
 
 `decide` is the one place that says what a refusal means. Times are seconds on the database's clock.
 """
@@ -7,123 +7,11 @@ from __future__ import annotations
 
 import math
 import random
-import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-# Goes on while the machine sleeps or the process is stopped, where `time.monotonic` may not.
-_BOOTTIME: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-
-
-def boottime() -> float:
-    """Seconds since boot, the clock of every deadline."""
-    return time.clock_gettime(_BOOTTIME)
-
-
-class Event(NamedTuple):
-    """One outbox row on its way. `payload` and `tags` are JSON text, exactly as stored, never parsed."""
-
-    id: int
-    event_id: str
-    aggregate_type: str
-    aggregate_id: str
-    lane: int
-    version: int
-    kind: str
-    channels: list[str]
-    payload: str
-    tags: str | None
-    accepted: list[str] | None
-    created_at: float
-    replay: int | None = None
-    """How often an operator has asked to send it again after it was delivered."""
-    base_version: int | None = None
-    """The version that this change applies to."""
-    epoch: str = ""
-    """What the database's epoch was when the event was read under its lane's lock."""
-    expires_at: float | None = None
-    ending: str | None = None
-    """The state in which it ends once its channels were told of the gap. It is not sent itself any more."""
-    tried: bool = False
-    """It was refused before: it travels in no bundle, so that nothing but itself can be to blame."""
-
-    @property
-    def aggregate(self) -> tuple[str, str]:
-        return self.aggregate_type, self.aggregate_id
-
-    @property
-    def idempotency_key(self) -> str:
-        """A repeated event_id of the caller's must not swallow an event, nor must a replay be swallowed."""
-        key = f"{self.event_id}:{self.id}"
-        if self.replay is not None:
-            key = f"{key}:r{self.replay}"
-        return f"{key}:gap" if self.ending else key
-
-    @property
-    def unsent(self) -> list[str]:
-        """The channels that have not accepted this event yet."""
-        if not self.accepted:
-            return self.channels
-        return [channel for channel in self.channels if channel not in self.accepted]
-
-
-class Refusal(NamedTuple):
-    """Centrifugo's error for one channel of one event; codes in its `apiproto/errors.go`.
-
-    Where a request with this event alone failed whole, `code` is minus the `verdict` of its `Outage`.
-    """
-
-    channel: str
-    code: int
-    message: str
-
-
-class Reply(NamedTuple):
-    """Centrifugo's answer for one event: who refused it, and which channels accepted it all the same.
-
-    `bundled`: some channel refused a bundle, and which of its events is to blame is not known.
-    """
-
-    refusals: tuple[Refusal, ...]
-    accepted: tuple[str, ...] = ()
-    bundled: bool = False
-
-
-OVERTAKEN: Final = Reply(())
-"""The answer for an event of which all channels have a newer version of its aggregate."""
-ACCEPTED: Final = Reply(())
-"""The answer for an event that all its channels accepted."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outage:
-    """A request that failed whole: no event's fault until something else is accepted.
-
-    `retry_after` is Centrifugo's or a proxy's own wish, in seconds. `verdict` is the HTTP status that may be the
-    request's own fault, or 1 where the connection was cut after it was sent; else 0, as for a time-out: a frozen
-    Redis shard behind Centrifugo looks just so, for ever.
-    """
-
-    reason: str
-    retry_after: float | None = None
-    verdict: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Hold:
-    """An aggregate that waits. Everything counts for the head event alone, and starts anew with the next.
-
-    `tries` are refusals in a row, `attempts` those that were the event's own fault. `alone` says that requests
-    failed whole because of the head, so that it is sent in a request of its own.
-    """
-
-    head_id: int
-    tries: int
-    attempts: int
-    alone: bool
-    first_refused_at: float
-    refused_at: float
+from outbox_relay.event import Event, Hold, Outage, Reply
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,69 +182,3 @@ def judge(
         outcome = decide(reply, own_hold, others, now, policy_of(event.aggregate_type), ending=event.ending)
         settlements.append(Settlement(event, outcome, reply.accepted))
     return settlements, outage
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Group:
-    failed_at: float
-
-
-class Suspects:
-    """Events of requests that failed whole, kept apart from all others until it is known who is guilty.
-
-    A group is a request of its own, and halved each time it fails: one bad event is found among 1,000 in about 20
-    requests, while all others go on. An outage halves too, one request a try, and blames nobody: when it is over all
-    of them pass. At most `limit` ids are remembered, the newest.
-    """
-
-    def __init__(self, limit: int = 10_000) -> None:
-        self._limit = limit
-        self._group_of: dict[int, _Group] = {}
-
-    def part(self, events: list[Event], alone: Container[int]) -> tuple[list[Event], list[list[Event]]]:
-        """Split a batch into the events that are free to go and the requests of suspects.
-
-        Ids in `alone` get a request each. A suspect's successors are in neither, but for those of its own request: they
-        wait for its answer.
-        """
-        if not self._group_of and not alone:
-            return events, []
-        free: list[Event] = []
-        requests: dict[_Group, list[Event]] = {}
-        behind: dict[tuple[str, str], _Group] = {}
-        for event in events:
-            group = _Group(0.0) if event.id in alone else self._group_of.get(event.id)
-            if behind.get(event.aggregate, group) is not group:
-                continue
-            if group is None:
-                free.append(event)
-            else:
-                requests.setdefault(group, []).append(event)
-                behind[event.aggregate] = group
-        # The one that failed longest ago first, so that a bad one does not keep its fellows from being tried.
-        return free, [requests[group] for group in sorted(requests, key=lambda group: group.failed_at)]
-
-    def failed(self, events: Sequence[Event], now: float, accepted_at: float) -> bool:
-        """Note that a request failed whole. Returns whether that is the fault of the one event in it.
-
-        `accepted_at` is when the last request was sent in which anything was accepted.
-        """
-        known = self._group_of.get(events[0].id)
-        if len(events) == 1 and known is not None and accepted_at > known.failed_at:
-            self.answered(events)
-            return True
-        middle = (len(events) + 1) // 2
-        for half in (events[:middle], events[middle:]):
-            group = _Group(now)
-            for event in half:
-                self._group_of.pop(event.id, None)
-                self._group_of[event.id] = group
-        while len(self._group_of) > self._limit:
-            del self._group_of[next(iter(self._group_of))]
-        return False
-
-    def answered(self, events: Sequence[Event]) -> None:
-        """Clear events that got an answer of their own."""
-        if self._group_of:
-            for event in events:
-                self._group_of.pop(event.id, None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from statistics import median
 from typing import Final
 
-from outbox_relay.outcome import boottime
+from outbox_relay.event import boottime
 
 TRY_EVENTS: Final = 64
 """Events in a request that tries: so few that a slow broker is done with them, one by one, long before the deadline."""

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from outbox_relay.outcome import Event, namespace
+from outbox_relay.event import Event
+from outbox_relay.outcome import namespace
 
 ENTRY_BYTES: Final = 320
 """What an event's tags and brackets take in a bundle, beside its payload and the application's own tags; about."""

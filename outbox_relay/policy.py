@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
-from outbox_relay.outcome import SUPERSEDED, UNSETTLED, Event, GivenUp, Policy, Reply, Settlement, given_up
+from outbox_relay.event import Event, Reply
+from outbox_relay.outcome import SUPERSEDED, UNSETTLED, GivenUp, Policy, Settlement, given_up
 
 CANDIDATES: Final = 8
 """So many snapshots of one aggregate with different channels are compared with its earlier events."""

@@ -7,42 +7,34 @@ from __future__ import annotations
 
 import enum
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
 from types import TracebackType
 from typing import Final, Protocol, Self
 
 from outbox_relay.database import DatabaseUnavailableError
+from outbox_relay.event import ACCEPTED, OVERTAKEN, Event, Outage, Refusal, Reply, boottime
 from outbox_relay.health import Health, Progress
 from outbox_relay.log import get_logger
 from outbox_relay.outcome import (
-    ACCEPTED,
     INTERNAL,
-    OVERTAKEN,
     SUPERSEDED,
     UNANSWERED,
-    Event,
     GivenUp,
     Held,
-    Outage,
     Owed,
     Policy,
-    Refusal,
-    Reply,
     Settlement,
-    Suspects,
     backoff,
-    boottime,
     judge,
-    namespace,
 )
 from outbox_relay.packing import Limits, Wires, waves
 from outbox_relay.policy import end, plan, superseded
+from outbox_relay.shared import Observer, Pause, Shared, Unobserved
 from outbox_relay.store import Batch, Clock, Store
 from outbox_relay.upkeep import Chores
-from outbox_relay.versions import Versions
 
 log = get_logger()
 
@@ -50,10 +42,7 @@ WAVE_SHRINKAGE: Final = 4
 """A wave with less than this part of the first one's events waits for the next batch, with fuller company."""
 PROBE_LANES: Final = 4
 LOOKAHEAD: Final = 8
-OTHERS_WAIT: Final = 0.02
 SLEEP_AT_MOST: Final = 0.5
-SIGN_OF_LIFE_EVERY: Final = 1.0
-RETRY_AFTER_MAX: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,31 +91,6 @@ class Publisher(Protocol):
     def publish(self, events: Sequence[Event], deadline: float) -> list[Reply] | Outage: ...
 
     def close(self) -> None: ...
-
-
-class Observer(Protocol):
-    """Who counts what happens. Called after the fact, by several threads; must not raise."""
-
-    def request(self, events: int, seconds: float, outage: Outage | None) -> None: ...
-
-    def batch(self, delivered: Sequence[Event], settlements: Sequence[Settlement], now: float) -> None:
-        """One committed batch. `now` is on the database's clock, as the events' `created_at`."""
-
-    def falls(self, events: int) -> None:
-        """So many delivered events had a version below that of an earlier one of their aggregate."""
-
-
-class Unobserved:
-    """Nobody counts."""
-
-    def request(self, events: int, seconds: float, outage: Outage | None) -> None:
-        """Do nothing."""
-
-    def batch(self, delivered: Sequence[Event], settlements: Sequence[Settlement], now: float) -> None:
-        """Do nothing."""
-
-    def falls(self, events: int) -> None:
-        """Do nothing."""
 
 
 class Ended(enum.Enum):
@@ -305,97 +269,6 @@ def _log_outcomes(delivered: int, settlements: Iterable[Settlement]) -> None:
         log.debug("delivered", events=delivered)
 
 
-class Pause:
-    """The outage that all workers of a relay share: said once, waited out with backoff, ended by any success."""
-
-    def __init__(self, options: Options) -> None:
-        self._options = options
-        self._lock = threading.Lock()
-        self._probe = threading.Lock()
-        self._tries = 0
-        self._until = 0.0
-
-    @property
-    def outage(self) -> bool:
-        return self._tries > 0
-
-    def report(self, outage: Outage | None, *, sound: bool) -> None:
-        """Take note of how a batch went."""
-        with self._lock:
-            if outage is not None:
-                self._tries += 1
-                delay = backoff(self._tries, self._options.pause_min, self._options.pause_max)
-                if outage.retry_after is not None:
-                    delay = max(delay, min(outage.retry_after, RETRY_AFTER_MAX))
-                self._until = boottime() + delay
-                if self._tries == 1:
-                    log.warning("outage: nothing is published, no event is blamed", reason=outage.reason)
-            elif sound:
-                if self._tries:
-                    log.info("outage is over", failed_requests=self._tries)
-                self._tries = 0
-
-    @contextmanager
-    def turn(self, stopping: threading.Event, progress: Progress) -> Iterator[None]:
-        """Wait until the next try is due. While the outage lasts one worker tries, and the others wait for it."""
-        while self.outage and not stopping.is_set():
-            progress.alive()
-            left = self._until - boottime()
-            if left <= 0 and self._probe.acquire(blocking=False):
-                try:
-                    yield
-                finally:
-                    self._probe.release()
-                return
-            stopping.wait(min(max(left, OTHERS_WAIT), SIGN_OF_LIFE_EVERY))
-        yield
-
-
-@dataclass(slots=True)
-class Shared:
-    """What the workers of one relay know together."""
-
-    pause: Pause
-    observer: Observer = field(default_factory=Unobserved)
-    stopping: threading.Event = field(default_factory=threading.Event)
-    suspects: Suspects = field(default_factory=Suspects)
-    versions: Versions = field(default_factory=Versions)
-    accepted_at: dict[str, float] = field(default_factory=dict)
-    """By namespace: when the last request was sent in which it accepted something."""
-    progress: list[Progress] = field(default_factory=list)
-    """By worker, once they are started."""
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def answered(self, events: Sequence[Event], accepted: Iterable[str], sent_at: float) -> None:
-        """Note which channels accepted something in a request sent at `sent_at`."""
-        with self._lock:
-            for name in set(map(namespace, accepted)):
-                self.accepted_at[name] = max(sent_at, self.accepted_at.get(name, 0.0))
-            self.suspects.answered(events)
-
-    def failed(self, events: Sequence[Event], clock: Clock) -> bool:
-        """Note a request that failed whole, and say whether its only event is to blame."""
-        with self._lock:
-            return self.suspects.failed(events, clock.now(), max(self.accepted_at.values(), default=0.0))
-
-    def watch_versions(self, delivered: Sequence[Event]) -> None:
-        """Say which delivered events break the writers' contract: subscribers that compare versions drop them."""
-        with self._lock:
-            falls = self.versions.falls(delivered)
-        if falls:
-            self.observer.falls(len(falls))
-            event, version_before = falls[0]
-            log.warning(
-                "version went down: subscribers ignore the event",
-                events=len(falls),
-                event_id=event.id,
-                aggregate_type=event.aggregate_type,
-                aggregate_id=event.aggregate_id,
-                version=event.version,
-                version_before=version_before,
-            )
-
-
 class Relay:
     """Workers in threads of their own. `run` blocks; as a context manager the relay runs beside the caller.
 
@@ -413,7 +286,7 @@ class Relay:
         self._open_store = open_store
         self._open_publisher = open_publisher
         self._options = options or Options()
-        self._shared = Shared(Pause(self._options), observer or Unobserved())
+        self._shared = Shared(Pause(self._options.pause_min, self._options.pause_max), observer or Unobserved())
         self._threads: list[threading.Thread] = []
         self._until_empty = False
         self._ended = Ended.STOPPED

@@ -11,7 +11,7 @@ import psycopg
 from psycopg import sql
 
 from outbox_relay.database import LANE, DatabaseUnavailableError, connect, one_line
-from outbox_relay.outcome import boottime
+from outbox_relay.event import boottime
 from outbox_relay.wake_up import WakeUp
 
 

@@ -16,7 +16,7 @@ from typing import Any, Final, LiteralString, NamedTuple
 
 import psycopg
 
-from outbox_relay.outcome import boottime
+from outbox_relay.event import boottime
 
 RENEW_EVERY: Final = 0.25
 """Seconds. Between two renewals the events of that time are walked over, then no more."""

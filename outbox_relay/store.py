@@ -15,7 +15,8 @@ import psycopg
 from psycopg import errors
 
 from outbox_relay.database import DatabaseUnavailableError, one_line
-from outbox_relay.outcome import SUPERSEDED, Event, GivenUp, Held, Hold, Owed, Settlement, boottime
+from outbox_relay.event import Event, Hold, boottime
+from outbox_relay.outcome import SUPERSEDED, GivenUp, Held, Owed, Settlement
 from outbox_relay.start_hint import START, StartHint
 from outbox_relay.upkeep import Upkeep
 

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import httpx
 
-from outbox_relay.outcome import boottime
+from outbox_relay.event import boottime
 
 _CHUNK: Final = 256 * 1024
 _READ: Final = 64 * 1024

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from outbox_relay.database import APPLICATION_NAME
+from outbox_relay.event import boottime
 from outbox_relay.log import get_logger
-from outbox_relay.outcome import boottime
 from outbox_relay.session import Session
 
 log = get_logger()

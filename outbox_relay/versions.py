@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
-from outbox_relay.outcome import Event
+from outbox_relay.event import Event
 
 REMEMBERED: Final = 10_000
 """Aggregates whose last version one relay remembers: some 3 MB."""

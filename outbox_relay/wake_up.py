@@ -14,7 +14,7 @@ import psycopg
 from psycopg import sql
 
 from outbox_relay.database import DatabaseUnavailableError, one_line
-from outbox_relay.outcome import boottime
+from outbox_relay.event import boottime
 
 TRY_AGAIN: Final = 0.5
 """Seconds until a session asks again whether the relay that sleeps in its place still does."""

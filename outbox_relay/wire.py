@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from hashlib import blake2b
 from typing import Any, Final, NamedTuple
 
-from outbox_relay.outcome import ACCEPTED, OVERTAKEN, Event, Refusal, Reply, namespace
+from outbox_relay.event import ACCEPTED, OVERTAKEN, Event, Refusal, Reply
+from outbox_relay.outcome import namespace
 from outbox_relay.packing import PLAIN, Wires, bound_of
 
 WIRE_VERSION: Final = "1"

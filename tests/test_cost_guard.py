@@ -22,10 +22,12 @@ from outbox_relay import start_hint, upkeep
 from outbox_relay.centrifugo import Centrifugo as Publisher
 from outbox_relay.embedded.centrifugo import Centrifugo
 from outbox_relay.embedded.postgres import Postgres
+from outbox_relay.event import Event
 from outbox_relay.migrations import migrate
-from outbox_relay.outcome import Event, Settlement
+from outbox_relay.outcome import Settlement
 from outbox_relay.packing import Limits
-from outbox_relay.relay import Ended, Options, Relay, Unobserved
+from outbox_relay.relay import Ended, Options, Relay
+from outbox_relay.shared import Unobserved
 from outbox_relay.store import Store
 from tests.conftest import database, in_database, sqlalchemy_engine
 from tests.support.gateway import Gateway

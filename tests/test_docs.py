@@ -23,8 +23,8 @@ from pydantic.fields import FieldInfo
 from outbox_relay import cli, config, enqueue, epoch
 from outbox_relay.config import PREFIX, Doc, NamespaceSettings, Settings, TypeSettings
 from outbox_relay.embedded.centrifugo import Centrifugo
+from outbox_relay.event import Event
 from outbox_relay.outbox import KINDS, STATES
-from outbox_relay.outcome import Event
 from outbox_relay.packing import Wire
 from outbox_relay.wire import commands, encode_batch
 from tests.conftest import Connect, RunRelay

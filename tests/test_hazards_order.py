@@ -10,7 +10,7 @@ from contextlib import closing
 import psycopg
 import pytest
 
-from outbox_relay.outcome import Event
+from outbox_relay.event import Event
 from outbox_relay.relay import Ended, Options
 from outbox_relay.store import Store
 from tests.conftest import Connect, RunRelay

@@ -25,8 +25,8 @@ from outbox_relay.centrifugo import Centrifugo as Publisher
 from outbox_relay.database import DatabaseUnavailableError
 from outbox_relay.embedded.centrifugo import Centrifugo
 from outbox_relay.embedded.postgres import Postgres, find_binaries
+from outbox_relay.event import ACCEPTED, Event, Outage, boottime
 from outbox_relay.migrations import migrate
-from outbox_relay.outcome import ACCEPTED, Event, Outage, boottime
 from outbox_relay.relay import Ended, Options
 from outbox_relay.store import Store
 from tests.conftest import Connect, MakeRelay, RunRelay, database, in_database, sqlalchemy_engine

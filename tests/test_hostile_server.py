@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager, suppress
 import pytest
 
 from outbox_relay.centrifugo import Centrifugo as Publisher
-from outbox_relay.outcome import Event, Outage, Refusal, Reply, boottime
+from outbox_relay.event import Event, Outage, Refusal, Reply, boottime
 from tests.conftest import Connect, MakeRelay
 from tests.support.gateway import Exchange, Gateway
 from tests.support.waiting import wait_until

@@ -18,9 +18,11 @@ import pytest
 
 from outbox_relay import operator as operator_room
 from outbox_relay import start_hint
+from outbox_relay.event import ACCEPTED, Event, Hold, Outage, Refusal, Reply
 from outbox_relay.operator import Operator
-from outbox_relay.outcome import ACCEPTED, Event, Hold, Outage, Policy, Refusal, Reply, Settlement
-from outbox_relay.relay import Options, Pause, Shared, Worker
+from outbox_relay.outcome import Policy, Settlement
+from outbox_relay.relay import Options, Worker
+from outbox_relay.shared import Pause, Shared
 from outbox_relay.store import Batch, Lane, Store
 from tests.support.interleaving import Actor, Gate, Stage, interleavings
 from tests.support.oracle import Fact, violations
@@ -153,7 +155,7 @@ class Cast:
 
     def _worker(self, store: Store, wait: float) -> Worker:
         options = Options(policy=Policy(backoff_base=wait, backoff_max=wait))
-        return Worker(store, self.wire, options, Shared(Pause(options)))
+        return Worker(store, self.wire, options, Shared(Pause(options.pause_min, options.pause_max)))
 
     def begin(self, order: str, version: int) -> None:
         """Nothing was sent or committed yet; the order's object has this version."""

@@ -25,23 +25,12 @@ from outbox_relay.centrifugo import Centrifugo as Publisher
 from outbox_relay.embedded._process import free_port
 from outbox_relay.embedded.centrifugo import Centrifugo
 from outbox_relay.embedded.postgres import Postgres
+from outbox_relay.event import Event, Outage, Reply
 from outbox_relay.health import Health
 from outbox_relay.metrics import BacklogCollector, HealthCollector, Histogram, Metrics, registry
 from outbox_relay.migrations import migrate
 from outbox_relay.monitor import CLIENTS, Monitor
-from outbox_relay.outcome import (
-    SUPERSEDED,
-    UNSETTLED,
-    Event,
-    GivenUp,
-    Held,
-    Outage,
-    Outcome,
-    Owed,
-    Policy,
-    Reply,
-    Settlement,
-)
+from outbox_relay.outcome import SUPERSEDED, UNSETTLED, GivenUp, Held, Outcome, Owed, Policy, Settlement
 from outbox_relay.relay import Options, Relay
 from outbox_relay.store import Store
 from outbox_relay.upkeep import COUNT_LIMIT

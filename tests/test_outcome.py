@@ -9,23 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from outbox_relay.outcome import (
-    Event,
-    GivenUp,
-    Held,
-    Hold,
-    Outage,
-    Owed,
-    Policy,
-    Refusal,
-    Reply,
-    Settlement,
-    Suspects,
-    backoff,
-    decide,
-    judge,
-    namespace,
-)
+from outbox_relay.event import Event, Hold, Outage, Refusal, Reply
+from outbox_relay.outcome import GivenUp, Held, Owed, Policy, Settlement, backoff, decide, judge, namespace
+from outbox_relay.suspects import Suspects
 
 POLICY = Policy(max_attempts=3, min_age=60.0, backoff_base=1.0, backoff_max=30.0)
 OLD = Hold(head_id=1, tries=4, attempts=2, alone=False, first_refused_at=100.0, refused_at=190.0)

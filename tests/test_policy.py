@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from outbox_relay.outcome import SUPERSEDED, UNSETTLED, Event, GivenUp, Policy, Refusal, Reply, Settlement
+from outbox_relay.event import Event, Refusal, Reply
+from outbox_relay.outcome import SUPERSEDED, UNSETTLED, GivenUp, Policy, Settlement
 from outbox_relay.policy import plan, superseded
 
 NOW = 1_000.0

@@ -22,23 +22,11 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from outbox_relay.database import DatabaseUnavailableError
-from outbox_relay.outcome import (
-    ACCEPTED,
-    INTERNAL,
-    PERMANENT,
-    Event,
-    GivenUp,
-    Held,
-    Hold,
-    Outage,
-    Policy,
-    Refusal,
-    Reply,
-    Settlement,
-    namespace,
-)
+from outbox_relay.event import ACCEPTED, Event, Hold, Outage, Refusal, Reply
+from outbox_relay.outcome import INTERNAL, PERMANENT, GivenUp, Held, Policy, Settlement, namespace
 from outbox_relay.packing import Limits
-from outbox_relay.relay import Options, Pause, Shared, Worker
+from outbox_relay.relay import Options, Worker
+from outbox_relay.shared import Pause, Shared
 from outbox_relay.store import Batch, Claim, Clock, Lane, Store
 
 Aggregate = tuple[str, str]
@@ -381,7 +369,8 @@ class RelayUnderWeather(RuleBasedStateMachine):
         self.dead: set[int] = set()
 
     def _start_relay(self) -> Worker:
-        return Worker(cast(Store, self.memory), self.weather, OPTIONS, Shared(Pause(OPTIONS)))
+        shared = Shared(Pause(OPTIONS.pause_min, OPTIONS.pause_max))
+        return Worker(cast(Store, self.memory), self.weather, OPTIONS, shared)
 
     @rule(
         aggregate=st.sampled_from(AGGREGATES),

@@ -22,8 +22,8 @@ from outbox_relay.database import DatabaseUnavailableError
 from outbox_relay.doctor import Finding, examine, privacy
 from outbox_relay.embedded.centrifugo import Centrifugo
 from outbox_relay.embedded.postgres import Postgres
+from outbox_relay.event import Outage
 from outbox_relay.migrations import migrate
-from outbox_relay.outcome import Outage
 from outbox_relay.relay import Ended
 from outbox_relay.store import Store
 from tests.conftest import MakeRelay, RunRelay, sqlalchemy_engine

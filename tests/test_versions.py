@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from outbox_relay.centrifugo import Centrifugo as Publisher
 from outbox_relay.embedded.centrifugo import Centrifugo
+from outbox_relay.event import Event
 from outbox_relay.metrics import Metrics
-from outbox_relay.outcome import Event
 from outbox_relay.relay import Options, Relay
 from outbox_relay.store import Store
 from outbox_relay.versions import Versions

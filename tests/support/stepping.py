@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, Self
 import psycopg
 
 from outbox_relay.centrifugo import Centrifugo
-from outbox_relay.outcome import Outage, boottime
-from outbox_relay.relay import Options, Pause, Shared, Unobserved, Worker
+from outbox_relay.event import Outage, boottime
+from outbox_relay.relay import Options, Worker
+from outbox_relay.shared import Pause, Shared, Unobserved
 from outbox_relay.store import Store
 
 
@@ -44,7 +45,7 @@ class Stepper:
         self._options = options or Options()
         self._store = Store(database_url, request_timeout=publisher.timeout)
         self._connection: psycopg.Connection[Any] = psycopg.connect(database_url, autocommit=True)
-        self._shared = Shared(Pause(self._options), observer=self.journal)
+        self._shared = Shared(Pause(self._options.pause_min, self._options.pause_max), observer=self.journal)
         self._publisher = publisher
         self._worker = Worker(self._store, publisher, self._options, self._shared)
 
