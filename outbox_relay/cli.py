@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -126,6 +127,7 @@ def run(  # noqa: PLR0917 - Typer's options are keywords
 
         build_publisher(settings).close()
         _give_big_blocks_back()
+        _spare_the_collector()
         log.configure(settings.log_format, settings.log_level, settings.secrets())
         with monitored_relay(settings) as relay:
             ended = _run_until_signal(relay, until_empty=until_empty)
@@ -271,6 +273,16 @@ def _give_big_blocks_back() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 128 * 1024)
+
+
+def _spare_the_collector() -> None:
+    """Keep Python's collector from walking over all that was imported, again and again, while events are delivered.
+
+    They are in no cycles, so counting references frees them. Measured: a fifth of the relay's own time.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000)
 
 
 def _run_until_signal(relay: Relay, *, until_empty: bool) -> Ended:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -44,7 +44,7 @@ Wires = Mapping[str, Wire]
 PLAIN: Final = Wire()
 
 
-def waves(events: Iterable[Event], limits: Limits, wires: Wires | None = None) -> list[list[Event]]:
+def waves(events: Sequence[Event], limits: Limits, wires: Wires | None = None) -> list[list[Event]]:
     """Pack events into requests: the earliest that has room, after the one with the aggregate's last event.
 
     At most one event of an aggregate in a request, because Centrifugo goes on after a failing command and its
@@ -56,17 +56,21 @@ def waves(events: Iterable[Event], limits: Limits, wires: Wires | None = None) -
     used: list[dict[str, int]] = []  # bytes by channel, by request
     next_of: dict[tuple[str, str], int] = {}  # the earliest request for an aggregate's next event
     bundles = _Bundles(wires) if wires else None
-    for event in events:
-        size = len(event.payload) if event.payload.isascii() else len(event.payload.encode())
+    sizes = [len(event.payload) if event.payload.isascii() else len(event.payload.encode()) for event in events]
+    if bundles:
+        sizes = [size + ENTRY_BYTES + len(event.tags or "") for event, size in zip(events, sizes, strict=True)]
+    # Where all of them together are within a channel's share, none has to be watched.
+    crowded = sum(sizes) > limits.channel_bytes
+    for event, size in zip(events, sizes, strict=True):
+        channels = event.channels if crowded else ()
         aggregate = (event.aggregate_type, event.aggregate_id)
         n = next_of.get(aggregate, 0)
         if bundles:
-            size += ENTRY_BYTES + len(event.tags or "")
             n -= bundles.take(event)
         while n < len(requests) and not (
             size <= room[n]
             and (bundles.fit(n, limits.events) if bundles else len(requests[n]) < limits.events)
-            and all(used[n].get(channel, 0) + size <= limits.channel_bytes for channel in event.channels)
+            and (not channels or all(used[n].get(channel, 0) + size <= limits.channel_bytes for channel in channels))
         ):
             n += 1
         if n == len(requests):
@@ -75,7 +79,7 @@ def waves(events: Iterable[Event], limits: Limits, wires: Wires | None = None) -
             used.append({})
         requests[n].append(event)
         room[n] -= size
-        for channel in event.channels:
+        for channel in channels:
             used[n][channel] = used[n].get(channel, 0) + size
         next_of[aggregate] = n + 1
         if bundles:

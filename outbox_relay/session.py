@@ -121,7 +121,7 @@ class Session:
         if text is None:
             text = self._sql[query] = sql.SQL(query).format(**self._names).as_bytes(self._connection)
         asked_at = boottime()
-        cursor = self._connection.execute(text, parameters)
+        cursor = self._connection.execute(text, parameters, binary=True)
         self._asked_at = asked_at
         return cursor
 

@@ -292,21 +292,23 @@ class Store(Upkeep):
         batch = Batch()
         due = [lane.lane for lane in lanes if lane.has_due_hold]
         if due:
-            rows = self.execute(_READ_DUE, lanes=due, holds=DUE_HOLDS, quota=per_lane, max_bytes=max_bytes)
-            for row in rows.fetchall():
+            rows = self.execute(_READ_DUE, lanes=due, holds=DUE_HOLDS, quota=per_lane, max_bytes=max_bytes).fetchall()
+            for row in rows:
                 aggregate_type, aggregate_id, *hold = row[len(Event._fields) :]
                 batch.holds[aggregate_type, aggregate_id] = Hold(*hold)
                 if row[_ID] is not None:
                     batch.events.append(Event._make(row[: len(Event._fields)]))
         numbers = [lane.lane for lane in lanes]
         held: dict[int, list[int]] = {}
-        rows = self.execute(_READ_PENDING, lanes=numbers, quota=quota, max_bytes=max_bytes, **self._hint.parameters)
-        for row in rows.fetchall():
-            self._hint.read(row[_ID])
-            if row[_PAYLOAD] is not None:
-                batch.events.append(Event._make(row))
-            else:
+        rows = self.execute(
+            _READ_PENDING, lanes=numbers, quota=quota, max_bytes=max_bytes, **self._hint.parameters
+        ).fetchall()
+        if rows:
+            self._hint.read(rows[-1][_ID])
+        for row in rows:
+            if row[_PAYLOAD] is None:
                 held.setdefault(row[_LANE], []).append(row[_ID])
+        batch.events += [Event._make(row) for row in rows if row[_PAYLOAD] is not None]
         if held:
             batch.parked = self._park(held, quota)
         return batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ class Suspects:
 
     def __init__(self, limit: int = 10_000) -> None:
         self._limit = limit
-        self._group_of: dict[int, _Group] = {}
+        self._group_of: OrderedDict[int, _Group] = OrderedDict()
 
     def part(self, events: list[Event], alone: Container[int]) -> tuple[list[Event], list[list[Event]]]:
         """Split a batch into the events that are free to go and the requests of suspects.
@@ -64,7 +65,7 @@ class Suspects:
                 self._group_of.pop(event.id, None)
                 self._group_of[event.id] = group
         while len(self._group_of) > self._limit:
-            del self._group_of[next(iter(self._group_of))]
+            self._group_of.popitem(last=False)
         return False
 
     def answered(self, events: Sequence[Event]) -> None:

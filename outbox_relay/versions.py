@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
@@ -28,7 +29,8 @@ class Versions:
     def __init__(self, limit: int = REMEMBERED) -> None:
         self._limit = limit
         self._epoch = ""
-        self._last: dict[tuple[str, str], tuple[int, int]] = {}
+        # Gives up its oldest at once, where a dict looks for it among all that it gave up before.
+        self._last: OrderedDict[tuple[str, str], tuple[int, int]] = OrderedDict()
 
     def falls(self, delivered: Iterable[Event]) -> list[Fall]:
         """Take note of delivered events, those of an aggregate in their order, and return those that fell."""
@@ -45,5 +47,5 @@ class Versions:
                     falls.append(Fall(event, version))
                 last[aggregate] = (event.id, event.version)
         while len(last) > self._limit:
-            del last[next(iter(last))]
+            last.popitem(last=False)
         return falls
