@@ -10,8 +10,14 @@ STAMP   := .venv/.ready-$(VERSION)
 LOWEST  := .venv-lowest/.ready-$(VERSION)
 # What tests need and no wheel has, as Debian calls it.
 DEBIAN  := postgresql chromium faketime pgbouncer openssl
-# What is run on every version of PostgreSQL: the tables, the lanes, and the path of an event.
-ON_POSTGRES := $(addprefix tests/test_,$(addsuffix .py,migrations lanes wake_up hazards_order))
+# What is run on every version of PostgreSQL: the tables and their writers, the roles, the path of an event and what
+# disturbs it, the plans and what they cost, the operators.
+ON_POSTGRES := $(addprefix tests/test_,$(addsuffix .py,bundles cli_operator conflation cost_guard drift epoch gaps \
+	hazards_database hazards_order hazards_payload hazards_process hazards_server hazards_settling holds hostile_writer \
+	interleavings lanes migrations operator orm outcomes plans poison retention roles start_hint versioned_channels \
+	wake_up writing))
+# The part of it that .ci/run takes, on the oldest version.
+ON_OLDEST := $(addprefix tests/test_,$(addsuffix .py,epoch hazards_order lanes migrations plans roles start_hint))
 COMPILE := .venv/bin/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11
 
 .DEFAULT_GOAL := help
@@ -19,7 +25,7 @@ COMPILE := .venv/bin/uv pip compile --quiet --universal --generate-hashes --no-h
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: setup
 setup: $(STAMP) ## Make the environment ready: Python packages, PostgreSQL, Centrifugo
@@ -52,8 +58,12 @@ test-lowest: setup debian $(LOWEST) ## Run the suite with the oldest dependencie
 	.venv-lowest/bin/python -m pytest -n $(JOBS) -p no:cacheprovider --ignore tests/test_embedded.py $(ARGS)
 
 .PHONY: test-postgres
-test-postgres: setup debian ## Run what speaks most to PostgreSQL on versions 14 to 18 (ARGS='-k lane')
-	tools/postgresql-versions -n $(JOBS) -p no:cacheprovider $(ARGS) $(ON_POSTGRES)
+test-postgres: setup debian ## Run what speaks SQL on PostgreSQL 14 to 18 (VERSIONS='14 15', ARGS='-k lane')
+	VERSIONS='$(VERSIONS)' tools/postgresql-versions -n $(JOBS) -p no:cacheprovider $(ARGS) $(ON_POSTGRES)
+
+.PHONY: test-oldest-postgres
+test-oldest-postgres: setup debian ## Run a part of that on PostgreSQL 14, as CI does
+	VERSIONS=14 tools/postgresql-versions -n $(JOBS) -p no:cacheprovider $(ARGS) $(ON_OLDEST)
 
 .PHONY: interleavings
 interleavings: setup ## Play all orders of the steps of two writers and two relays (ARGS='-k 01_of_20')

@@ -6,6 +6,9 @@
 --         at the end of the database's URL
 -- writer  the application: adds events and can do nothing else to them
 -- relay   claims and settles: reads events, updates their outcome, deletes them; never adds one or changes what it says
+--
+-- PostgreSQL 14 lets everybody create functions and tables in the schema `public`, these roles too; later ones do not.
+-- Unless something of yours lives on that: REVOKE CREATE ON SCHEMA public FROM PUBLIC;
 \set ON_ERROR_STOP on
 
 BEGIN;

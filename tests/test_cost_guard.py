@@ -40,6 +40,8 @@ AGGREGATES: Final = 5_000
 BOUNDS: Final = {
     "buffers, claim, per event": 3.6,  # 3.11
     "buffers, settle, per event": 8.9,  # 8.84, the trigger for events that are put back included
+    # Before 17 each id of `= ANY` is looked up from the root of the index.
+    "buffers, settle before PostgreSQL 17, per event": 11.2,  # 11.10
     "WAL bytes, insert, per event": 632,  # 550.0
     "WAL bytes, settle, per event": 484,  # 421.4
     "WAL bytes, settle with keep = 0, per event": 80,  # 69.3
@@ -183,10 +185,12 @@ def test_what_the_database_does(url: str, centrifugo: Centrifugo) -> None:
         return store
 
     batches = deliver(open_store, centrifugo).batches
+    with psycopg.connect(url) as connection:
+        settle = "settle" if connection.info.server_version >= 17_00_00 else "settle before PostgreSQL 17"
     check(
         {
             "buffers, claim, per event": trace.buffers["claim"] / EVENTS,
-            "buffers, settle, per event": trace.buffers["settle"] / EVENTS,
+            f"buffers, {settle}, per event": trace.buffers["settle"] / EVENTS,
             "statements per batch": len(trace.statements) / batches,
         }
     )

@@ -54,6 +54,7 @@ def site(empty_database_url: str, request: pytest.FixtureRequest) -> Iterator[Si
     roles = {kind: f"{kind}-{run}" for kind in ("owner", "writer", "relay")}
     variables = [f"--set={name}={value}" for name, value in {"schema": schema, **roles}.items()]
     with psycopg.connect(empty_database_url, autocommit=True) as admin:
+        admin.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")  # as the script says of PostgreSQL 14
         for _ in range(2):  # the second time it finds nothing to do
             psql(empty_database_url, *variables, f"--file={SCRIPT}")
         url = sa.make_url(empty_database_url)
