@@ -19,7 +19,10 @@ import psycopg
 from outbox_relay.event import boottime
 
 RENEW_EVERY: Final = 0.25
-"""Seconds. Between two renewals the events of that time are walked over, then no more."""
+"""Seconds. Between two renewals the events of that time are walked over, then no more.
+
+A new session walks over everything, so its first renewals follow each other faster: after a 32nd of that, a 16th, ...
+"""
 
 GENERATION: Final = "(SELECT last_value + is_called::int FROM {outbox_generation})"
 START: Final = f"CASE WHEN {GENERATION} = %(generation)s THEN %(start)s ELSE 0 END"
@@ -71,6 +74,7 @@ class StartHint:
         self._read = 0
         self._awaited: _Awaited | None = None
         self._renewed_at = 0.0
+        self._pause = RENEW_EVERY / 32
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -82,19 +86,20 @@ class StartHint:
 
     def renew(self) -> None:
         """Raise the hint where that is safe and due: at most four times a second, while events are read."""
-        if not self._usable or self._start > self._read or boottime() - self._renewed_at < RENEW_EVERY:
+        if not self._usable or self._start > self._read or boottime() - self._renewed_at < self._pause:
             return
         self._renewed_at = boottime()
+        self._pause = min(RENEW_EVERY, 2 * self._pause)
         generation = self._ask(_GENERATION)[0]
         writers = frozenset(self._ask(_WRITERS, table=self._table)[0] or ())
-        awaited = self._awaited
-        if awaited and awaited.writers.isdisjoint(writers):
+        latest = _Awaited(self._read + 1, generation, writers)
+        awaited = self._awaited if self._awaited and writers else latest
+        if awaited.writers.isdisjoint(writers):
             oldest = self._ask(_OLDEST, **self.parameters)[0]
             self._start = awaited.below if oldest is None else min(oldest, awaited.below)
             self._generation = awaited.generation
-            self._awaited = None
-        if self._awaited is None:
-            self._awaited = _Awaited(self._read + 1, generation, writers)
+            awaited = latest
+        self._awaited = awaited
 
     def _ask(self, query: LiteralString, **parameters: Any) -> tuple[Any, ...]:
         row: tuple[Any, ...] = self._execute(query, **parameters).fetchall()[0]

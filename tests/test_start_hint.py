@@ -72,6 +72,21 @@ def test_it_rises_with_what_was_read(store: Store, connect: Connect) -> None:
     assert deliver(store) == [later]
 
 
+def test_it_rises_while_somebody_always_writes(store: Store, connect: Connect) -> None:
+    """Those are waited for who wrote at some moment, not those who came later."""
+    writer, other = connect(autocommit=False), connect(autocommit=False)
+    written = write(writer, "1")
+    for _ in range(3):
+        write(other, "2")
+        writer.commit()
+        assert deliver(store) == [written]
+        store.anything_to_do()
+        read, written = written, write(writer, "1")
+        other.rollback()
+        store.anything_to_do()
+        assert start(store) > read
+
+
 @pytest.mark.parametrize("prepared", [False, True], ids=["open", "prepared"])
 def test_it_waits_for_a_lower_id_that_may_still_come(store: Store, connect: Connect, prepared: bool) -> None:
     """Its writer drew the id and has not committed, or has prepared to: no session has that transaction then."""
