@@ -8,7 +8,7 @@ from random import Random
 from typing import Final
 
 from tests.chaos.fault import Fault
-from tests.chaos.world import HISTORY, World
+from tests.chaos.world import NAMESPACES, World
 
 
 @contextmanager
@@ -52,7 +52,8 @@ def wrong_key(world: World, chance: Random) -> Iterator[None]:
 @contextmanager
 def unknown_namespace(world: World, chance: Random) -> Iterator[None]:
     """It comes back without one of its namespaces: refusals for some, which are nobody's fault."""
-    world.restart_centrifugo(namespaces=(HISTORY[0],))
+    lacking = chance.choice(NAMESPACES[1:])
+    world.restart_centrifugo(namespaces=tuple(each for each in NAMESPACES if each is not lacking))
     yield
     world.restart_centrifugo()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import psycopg
 
 from tests.chaos.world import People
-from tests.chaos.writers import GROUPS, PLAIN
+from tests.chaos.writers import CONFLATED, GROUPS, PLAIN, TYPES
 from tests.support.oracle import Aggregate, Fact, Heard, History, Hole, Rows, Sent, Stream, Struck
 
 _ENDED = ("expired", "dead", "discarded")
@@ -28,6 +28,7 @@ class Written:
     plain_at: dict[str, float] = field(default_factory=dict)
     """The same, of things that nothing but a fault holds up: no refusals, no strict order of thousands."""
     poison: set[str] = field(default_factory=set)
+    covers: set[str] = field(default_factory=set)
     key_of: dict[int, str] = field(default_factory=dict)
     transactions: int = 0
     unknown: int = 0
@@ -35,7 +36,13 @@ class Written:
 
 
 def read(
-    folder: Path, connection: psycopg.Connection[Any], faults: Sequence[Struck], people: People, *, whole: bool
+    folder: Path,
+    connection: psycopg.Connection[Any],
+    faults: Sequence[Struck],
+    people: People,
+    maps: Mapping[str, Mapping[Aggregate, int]],
+    *,
+    whole: bool,
 ) -> tuple[History, Written]:
     """Everything, once all is at rest."""
     written = read_writers(sorted(folder.glob("writer-*.jsonl")), connection)
@@ -49,6 +56,9 @@ def read(
         asked={written.key_of[id_] for id_ in people.asked},
         retried={written.key_of[id_] for id_ in people.retried},
         whole=whole,
+        covers=written.covers,
+        rising={channel for _, channel in written.owed if channel.startswith(("map:", "one:"))},
+        maps=maps,
     )
     history.rows.excused.update(written.key_of[id_] for id_ in people.untold)
     _add_holes(history, folder / "witness.jsonl")
@@ -59,10 +69,12 @@ def read(
 def read_writers(paths: Iterable[Path], connection: psycopg.Connection[Any]) -> Written:
     written = Written()
     channels = {f"{group.name}-{n}": group.channels(n) for group in GROUPS for n in range(group.size)}
-    aggregates: dict[str, Aggregate] = {name: ("thing", name) for name in channels}
+    aggregates: dict[str, Aggregate] = {
+        f"{group.name}-{n}": (group.type, f"{group.name}-{n}") for group in GROUPS for n in range(group.size)
+    }
     for path in paths:
         for transaction, at in _committed(path, connection, written):
-            for key, name, version, id_, may_die in transaction["events"]:
+            for key, name, version, id_, kind, may_die in transaction["events"]:
                 fact = Fact(aggregates[name], version, key)
                 for channel in channels[name]:
                     written.owed[aggregates[name], channel].append(fact)
@@ -72,6 +84,8 @@ def read_writers(paths: Iterable[Path], connection: psycopg.Connection[Any]) -> 
                 written.key_of[id_] = key
                 if may_die:
                     written.poison.add(key)
+                if aggregates[name][0] == CONFLATED and kind != "change":
+                    written.covers.add(key)
             written.transactions += 1
     for facts in written.owed.values():
         facts.sort(key=lambda fact: fact.version)
@@ -128,9 +142,14 @@ def read_proxy(path: Path) -> list[Sent]:
     for line in _lines(path):
         number = line["n"]
         if "sent" in line:
-            sent[number] = Sent(line["at"], tuple((key, tuple(channels), gap) for key, channels, gap in line["sent"]))
+            events = tuple((key, tuple(channels), gap) for channels, carried in line["sent"] for key, gap in carried)
+            publications = tuple(n for n, (_, carried) in enumerate(line["sent"]) for _ in carried)
+            sent[number] = Sent(
+                line["at"], events, publications=() if len(events) == len(line["sent"]) else publications
+            )
         elif "executed" in line:
-            sent[number].executed(line["at"], line["executed"])
+            codes, of_each = line["executed"], sent[number].publications
+            sent[number].executed(line["at"], [codes[n] for n in of_each] if codes and of_each else codes)
         elif line["answered"] == 200:
             sent[number].answered_at = line["at"]
     return list(sent.values())
@@ -143,16 +162,21 @@ def read_rows(connection: psycopg.Connection[Any]) -> Rows:
         for key, state, at, error in cursor:
             if state in _ENDED:
                 rows.ended.add(key)
-            if state == "superseded" or _UNTOLD in (error or ""):
+            if _UNTOLD in (error or ""):
                 rows.excused.add(key)
+            if state == "superseded":
+                rows.superseded.add(key)
             if state == "dead":
                 rows.dead.add(key)
             if at is None:
                 rows.unfinished.add(key)
             else:
                 rows.settled_at[key] = at
+    for key, at in connection.execute("SELECT event_id, date_part('epoch', settled_at) FROM pruned"):
+        rows.superseded.add(key)
+        rows.settled_at[key] = at
     things = connection.execute("SELECT id, version FROM thing").fetchall()
-    rows.versions = {("thing", name): version for name, version in things}
+    rows.versions = {(TYPES[name.rpartition("-")[0]], name): version for name, version in things}
     return rows
 
 

@@ -16,6 +16,7 @@ from typing import Final
 from tests.chaos import (
     centrifugo_faults,
     logs,
+    maps,
     network_faults,
     operator_faults,
     postgres_faults,
@@ -24,7 +25,7 @@ from tests.chaos import (
 )
 from tests.chaos.fault import Appointment, Fault, schedule
 from tests.chaos.measure import Injection, Left, Strike, Waiting, recovery
-from tests.chaos.world import HISTORY, RELAY, Engine, World, end, namespace
+from tests.chaos.world import NAMESPACES, RELAY, Engine, World, end, namespace
 from tests.support.oracle import Hole, Verdict, judge
 from tests.support.waiting import wait_until
 
@@ -55,15 +56,17 @@ class Stage:
     whole: bool
     pooler: bool = False
     """Whether pgbouncer is between the relays and the database, in transaction mode."""
+    shaped: bool = False
+    """Whether there is what is conflated, bundled, in maps or in exclusive channels beside the rest."""
     command: Sequence[str] = RELAY
     """The relay's."""
     patience: float = HEALED_IN
 
 
 STAGES: Final = (
-    Stage("Redis that survives", "redis", (*_EVERYWHERE, *centrifugo_faults.FAULTS), 0.58, whole=True),
+    Stage("Redis that survives", "redis", (*_EVERYWHERE, *centrifugo_faults.FAULTS), 0.58, whole=True, shaped=True),
     Stage("through pgbouncer", "redis", (*_EVERYWHERE, *centrifugo_faults.FAULTS), 0.18, whole=True, pooler=True),
-    Stage("memory engine", "memory", (*relay_faults.FAULTS, *centrifugo_faults.FAULTS), 0.12, whole=False),
+    Stage("memory engine", "memory", (*relay_faults.FAULTS, *centrifugo_faults.FAULTS), 0.12, whole=False, shaped=True),
     Stage("Redis that does not", "redis", (*relay_faults.FAULTS, *redis_faults.FAULTS), 0.12, whole=False),
 )
 
@@ -99,7 +102,7 @@ class VoidRunError(Exception):
 def run(stage: Stage, seconds: float, seed: str, rate: float, folder: Path) -> Result:
     """Run a stage for so many seconds of faults. Raises `VoidRunError`."""
     folder.mkdir()
-    with World(folder, stage.engine, seed, rate, stage.command, pooler=stage.pooler) as world:
+    with World(folder, stage.engine, seed, rate, stage.command, pooler=stage.pooler, shaped=stage.shaped) as world:
         possible = [fault for fault in stage.faults if not fault.needs or fault.needs in world.has]
         if len(possible) < len(stage.faults) and IN_CI:
             raise VoidRunError("this machine cannot do every fault: run as root, with libfaketime")
@@ -113,9 +116,10 @@ def run(stage: Stage, seconds: float, seed: str, rate: float, folder: Path) -> R
         left = _heal(world, stage.patience)
         _say(f"healed after {left.seconds:.1f} s {left.violations or ''}")
         _let_the_witness_finish(world)
+        held = maps.read_back(world.centrifugo, folder / "witness.jsonl", whole=stage.whole)
         with world.database() as connection:
             faults = [strike.as_struck for strike in struck]
-            history, written = logs.read(folder, connection, faults, world.people, whole=stage.whole)
+            history, written = logs.read(folder, connection, faults, world.people, held, whole=stage.whole)
         holes = sum(isinstance(fact, Hole) for facts in history.heard.values() for fact in facts)
         if stage.whole and holes:
             raise VoidRunError(f"the subscriber lost its stream: see {folder / 'witness.jsonl'}")
@@ -192,7 +196,7 @@ class _Storm:
 
 def _heal(world: World, patience: float) -> Left:
     """Wait until everything has ended, and say what is left. A person gives Centrifugo the namespace that it lacks."""
-    world.restart_centrifugo(namespaces=(*HISTORY, namespace("nowhere", 20_000)))
+    world.restart_centrifugo(namespaces=(*NAMESPACES, namespace("nowhere", 20_000)))
     left = Left()
     deadline = time.monotonic() + patience
     while True:

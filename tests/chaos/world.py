@@ -70,7 +70,36 @@ def namespace(name: str, size: int) -> dict[str, Any]:
     return {**DEFAULT_CONFIG["channel"]["namespaces"][0], "name": name, "history_size": size}
 
 
-HISTORY: Final = (namespace("hist", 20_000), namespace("big", 50))
+NAMESPACES: Final[tuple[Mapping[str, Any], ...]] = (
+    namespace("hist", 20_000),
+    namespace("big", 50),
+    namespace("bundle", 20_000),
+    namespace("one", 5_000),
+    {
+        "name": "map",
+        "subscription_type": "map",
+        "map": {
+            "mode": "recoverable",
+            "key_ttl": "4h",
+            "stream_size": 200_000,
+            "stream_ttl": "4h",
+            "meta_ttl": "8h",
+        },
+    },
+)
+RELAY_FILE: Final = f"""
+[types.{writers.CONFLATED}]
+conflate = true
+
+[namespaces.bundle]
+bundle_events = 20
+
+[namespaces.map]
+channels = "map"
+
+[namespaces.one]
+channels = "exclusive"
+"""
 
 
 @dataclass(slots=True)
@@ -102,7 +131,8 @@ class World:
     """Everything, running from the start of the `with` block.
 
     `engine` is Centrifugo's. `rate` is how many events per second the writers aim at. `command` starts a relay. With a
-    `pooler`, the relays' way to the database leads through pgbouncer.
+    `pooler`, the relays' way to the database leads through pgbouncer. `shaped`: there are types and namespaces with
+    settings of their own, and applications that use them.
     """
 
     def __init__(
@@ -114,8 +144,10 @@ class World:
         command: Sequence[str] = RELAY,
         *,
         pooler: bool = False,
+        shaped: bool = False,
     ) -> None:
         self.pooler = pooler
+        self._shaped = shaped
         self.folder = folder
         self.engine = engine
         self._seed = seed
@@ -159,12 +191,15 @@ class World:
         self.witness = self._program("tests.chaos.witness", self.centrifugo.ws_url, str(self.folder / "witness.jsonl"))
         assert self.witness.stdout is not None
         assert self.witness.stdout.readline() == b"subscribed\n"
+        (self.folder / "relay.toml").write_text(RELAY_FILE if self._shaped else "")
         self.slots = [self._slot(f"relay-{n}", settings) for n, settings in enumerate(RELAYS)]
         for slot in self.slots:
             slot.process.wait_for("relay started")
 
     def start_writers(self) -> None:
-        arguments = (self.database_url, str(self.folder), self._seed, str(self._rate))
+        arguments = [self.database_url, str(self.folder), self._seed, str(self._rate)]
+        if self._shaped:
+            arguments.append("shaped")
         self.writers = self._program("tests.chaos.writers", *arguments)
 
     def stop_writers(self) -> None:
@@ -177,13 +212,15 @@ class World:
             "queue_max_size": 256 * 1024 * 1024,
             "recovery_max_publication_limit": 100_000,
         }
-        config: dict[str, Any] = {"client": client, "channel": {"namespaces": list(HISTORY)}, **more}
+        config: dict[str, Any] = {"client": client, "channel": {"namespaces": list(NAMESPACES)}, **more}
         if self.redis is not None:
-            config["engine"] = {"type": "redis", "redis": {"address": self.redis.url, "io_timeout": "1s"}}
+            redis = {"type": "redis", "redis": {"address": self.redis.url, "io_timeout": "1s"}}
+            # The engine's own is not for maps.
+            config |= {"engine": redis, "map_broker": redis}
         return config
 
     def restart_centrifugo(
-        self, *, key: str | None = None, namespaces: tuple[Mapping[str, Any], ...] = HISTORY
+        self, *, key: str | None = None, namespaces: tuple[Mapping[str, Any], ...] = NAMESPACES
     ) -> None:
         """Start it anew on its ports, with another API key or other namespaces."""
         self.centrifugo.stop()
@@ -238,6 +275,7 @@ class World:
             "centrifugo_url": self.window.url_for(name),
             "centrifugo_api_key": self.centrifugo.api_key,
             "failpoint": failpoint,
+            "config": self.folder / "relay.toml",
         }
         return Slot(name, own, database, failpoint, clock, self._relay(own, clock))
 

@@ -1,8 +1,9 @@
-"""`python -m tests.chaos.writers DATABASE_URL FOLDER SEED RATE`: applications that change things and write events.
+"""`python -m tests.chaos.writers DATABASE_URL FOLDER SEED RATE [shaped]`: applications that change things.
 
-Each thread is a kind of application with a database session of its own, and keeps a commit log in FOLDER: what a
-transaction wrote, on disk before COMMIT is sent, and what became of it, on disk before the next one begins. Where
-COMMIT was not answered there is no second line, and whoever judges must look. Ends with SIGTERM.
+Each thread is a kind of application with a database session of its own. It writes events of what it changes, and keeps
+a commit log in FOLDER: what a transaction wrote, on disk before COMMIT is sent, and what became of it, on disk before
+the next one begins. Where COMMIT was not answered there is no second line, and whoever judges must look. Ends with
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -24,6 +25,12 @@ import psycopg
 SETUP: Final = """
 CREATE TABLE thing (id text PRIMARY KEY, version bigint NOT NULL DEFAULT 0, channels text[] NOT NULL);
 CREATE TABLE written (tx text PRIMARY KEY);
+-- Retention deletes superseded events, and the judge has to know of them.
+CREATE TABLE pruned (event_id text, settled_at timestamptz);
+CREATE FUNCTION note_pruned() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN INSERT INTO public.pruned VALUES (OLD.event_id, OLD.settled_at); RETURN OLD; END $$;
+CREATE TRIGGER note_pruned AFTER DELETE ON outbox FOR EACH ROW WHEN (OLD.state = 'superseded')
+EXECUTE FUNCTION note_pruned();
 """
 TOO_DEEP: Final = "[" * 9_995 + "]" * 9_995
 """JSON to PostgreSQL and too deep for Centrifugo: the relay finds that it is refused for ever."""
@@ -40,7 +47,7 @@ changed AS (
     RETURNING t.id, t.version, t.channels
 )
 INSERT INTO outbox (aggregate_type, aggregate_id, version, kind, channels, payload, expires_at)
-SELECT 'thing', id, version, %(kind)s::outbox_kind, channels, %(payload)s::json,
+SELECT %(type)s, id, version, %(kind)s::outbox_kind, channels, %(payload)s::json,
        clock_timestamp() + %(lives)s * interval '1 second'
 FROM changed
 RETURNING event_id::text, aggregate_id, version, id
@@ -51,14 +58,18 @@ _PENDING: Final = "SELECT count(*) FROM (SELECT FROM outbox WHERE state = 'pendi
 
 
 class Group(NamedTuple):
-    """Things of a kind: how many, and their channels by number."""
+    """Things of a kind: how many, their channels by number, and the type of their aggregates."""
 
     name: str
     size: int
     channels: Callable[[int], Sequence[str]]
+    type: str = "thing"
 
 
 THINGS: Final = 3_000
+CONFLATED: Final = "state"
+"""The type of which only the newest of what waits is sent."""
+MAPS: Final = ("map:0", "map:1")
 GROUPS: Final = (
     Group("uniform", THINGS, lambda n: [f"hist:u{n % 20}"]),
     Group("zipf", 300, lambda n: [f"hist:z{n % 5}"]),
@@ -72,10 +83,15 @@ GROUPS: Final = (
     Group("fleeting", 20, lambda _: ["hist:fleeting"]),
     Group("nowhere", 3, lambda _: ["nowhere:x"]),
     Group("refused", 10, lambda _: ["hist:refused"]),
+    Group("state", 12, lambda n: (["hist:c0"], ["hist:c0", "hist:c1"], ["map:0", "hist:c1"])[n % 3], CONFLATED),
+    Group("packed", 12, lambda n: (["bundle:0"], ["bundle:0", "bundle:1"], ["bundle:1", "hist:p"])[n % 3]),
+    Group("mapped", 30, lambda n: (["map:0"], ["map:1"], ["map:1", "hist:m"])[n % 3]),
+    Group("alone", 8, lambda n: [f"one:{n}", "hist:a"][: n % 2 + 1]),
 )
 PLAIN: Final = frozenset({"uniform", "several", "serial", "reborn"})
 """What nothing but a fault holds up."""
 CHANNELS: Final = sorted({channel for group in GROUPS for n in range(group.size) for channel in group.channels(n)})
+TYPES: Final = {group.name: group.type for group in GROUPS}
 
 
 def set_up(database_url: str) -> None:
@@ -141,10 +157,13 @@ class Application:
         lives: float | None = None,
     ) -> None:
         """Give these things a new version each, with an event that says so; it `lives` for so many seconds."""
-        parameters = {"ids": [f"{group}-{number}" for number in numbers], "payload": payload, "kind": kind}
-        rows = self.session.execute(_CHANGE, {**parameters, "lives": lives}).fetchall()
-        may_die = REFUSED in payload or len(payload) > MIDDLE_BOX_BYTES
-        self._written += [[*row, may_die] for row in rows]
+        ids = [f"{group}-{number}" for number in numbers]
+        parameters = {"ids": ids, "type": TYPES[group], "payload": payload, "kind": kind, "lives": lives}
+        rows = self.session.execute(_CHANGE, parameters).fetchall()
+        # Maps and exclusive channels take no changes.
+        misplaced = group in {"mapped", "alone"} and kind == "change"
+        may_die = misplaced or REFUSED in payload or len(payload) > MIDDLE_BOX_BYTES
+        self._written += [[*row, kind, may_die] for row in rows]
 
     @property
     def session(self) -> psycopg.Connection[Any]:
@@ -245,6 +264,37 @@ def odd(app: Application) -> None:
             app.change("refused", [app.chance.randrange(10)])
 
 
+def states(app: Application) -> None:
+    """Things that say their full state again and again: of what waits only the newest is worth sending."""
+    for _ in range(app.chance.randint(5, 20)):
+        kind = _full(app.chance) if app.chance.random() < 0.9 else "change"
+        numbers = app.chance.sample(range(12), 3)
+        app.change("state", [n for n in numbers if kind != "change" or n % 3 < 2], kind=kind)
+
+
+def packed(app: Application) -> None:
+    """Many changes of a few things: they travel in bundles, and now and then one of them is refused for ever."""
+    for _ in range(app.chance.randint(1, 20)):
+        app.change("packed", app.chance.sample(range(12), 4), _payload(app.chance))
+    match app.chance.randrange(40):
+        case 0:
+            app.change("packed", [app.chance.randrange(12)], TOO_DEEP)
+        case 1 | 2:
+            app.change("packed", [app.chance.randrange(12)], json.dumps(REFUSED))
+
+
+def versioned(app: Application) -> None:
+    """Things in maps and in channels of their own, where Centrifugo keeps the versions; changes are misplaced there."""
+    app.change("mapped", app.chance.sample(range(30), 5), kind=_full(app.chance))
+    app.change("alone", app.chance.sample(range(8), 2), kind=_full(app.chance))
+    if app.chance.random() < 0.02:
+        app.change(*app.chance.choice([("mapped", [app.chance.randrange(30)]), ("alone", [app.chance.randrange(8)])]))
+
+
+def _full(chance: Random) -> str:
+    return "snapshot" if chance.random() < 0.9 else "tombstone"
+
+
 def _payload(chance: Random) -> str:
     size = min(int(chance.paretovariate(0.8) * 20), 8_000) if chance.random() < 0.1 else 60
     return json.dumps({"text": "x" * size})
@@ -261,14 +311,20 @@ APPLICATIONS: Final[Sequence[tuple[Callable[[Application], None], float]]] = (
     (odd, 0.02),
 )
 """What runs beside each other, and its part of all events."""
+SHAPED: Final[Sequence[tuple[Callable[[Application], None], float]]] = (
+    (states, 0.04),
+    (packed, 0.06),
+    (versioned, 0.03),
+)
+"""The same, for types and namespaces that are configured for it."""
 
 
-def main(database_url: str, folder: str, seed: str, rate: str) -> None:
+def main(database_url: str, folder: str, seed: str, rate: str, shaped: str = "") -> None:
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     brake = Brake(database_url, stopping)
     threads = [threading.Thread(target=brake.watch, daemon=True)]
-    for number, (transaction, part) in enumerate(APPLICATIONS):
+    for number, (transaction, part) in enumerate((*APPLICATIONS, *(SHAPED if shaped else ()))):
         name = f"{transaction.__name__}{number}"
         app = Application(name, database_url, Path(folder), Random(f"{seed}/{name}"), float(rate) * part, brake)
         threads.append(threading.Thread(target=app.run, args=(transaction, stopping), daemon=True))

@@ -21,13 +21,17 @@ from tests.support.waiting import PATIENCE, wait_until
 
 
 class Command(NamedTuple):
-    """One publication of one request, as the relay asked for it. A bundle has no aggregate; its version is 0."""
+    """One publication of one request, as the relay asked for it. A bundle has no aggregate; its version is 0.
+
+    `events` are what it carries, more than one in a bundle: each event's id, and whether it is the event's gap.
+    """
 
     channels: tuple[str, ...]
     key: str
     aggregate: tuple[str, str]
     version: int
     kind: str
+    events: tuple[tuple[str, bool], ...]
 
 
 class Exchange:
@@ -171,12 +175,14 @@ class Gateway:
 def _command(command: dict[str, Any]) -> Command:
     [request] = command.values()
     tags = request["tags"]
+    carried = [entry["tags"] for entry in request["data"]["ob"]] if "ob_bundle" in tags else [tags]
     return Command(
         tuple(request.get("channels") or [request["channel"]]),
         request["idempotency_key"],
         (tags.get("ob_type", ""), tags.get("ob_id", "")),
         int(tags.get("ob_version", 0)),
         tags.get("ob_kind", "bundle"),
+        tuple((own.get("ob_event", ""), own.get("ob_kind") == "gap") for own in carried),
     )
 
 

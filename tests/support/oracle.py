@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 LONGEST: Final = 60.0
 """Seconds that no fault lasts."""
+DROPPED: Final = -1
+"""In place of an error's code: Centrifugo has that version of the object in its map channel, or a newer one."""
+_TAKEN: Final = (0, DROPPED)
 
 Aggregate = tuple[str, str]
 Stream = tuple[Aggregate, str]
@@ -47,7 +50,8 @@ class Sent:
 
     `events` are keys, channels, and whether it is the event's gap. `codes` are what Centrifugo answered for each
     event's channels, 0 where it accepted; empty where it never executed the request. `answered_at` is when the relay
-    was told so; None where it was not. `repeated`: the proxy itself sent it twice.
+    was told so; None where it was not. `repeated`: the proxy itself sent it twice. `publications` says which one each
+    event is in: those of one number are a bundle, in order, all or none. Empty where each event has its own.
     """
 
     at: float
@@ -56,6 +60,7 @@ class Sent:
     executed_at: float = 0.0
     answered_at: float | None = None
     repeated: bool = False
+    publications: Sequence[int] = ()
 
     def executed(self, at: float, codes: Sequence[Sequence[int]]) -> None:
         self.repeated = bool(self.codes)
@@ -78,7 +83,9 @@ class Rows:
     ended: set[str] = field(default_factory=set)
     """Events that ended as expired, dead or discarded: they, or their gaps, were received."""
     excused: set[str] = field(default_factory=set)
-    """Events that nobody need have heard of: superseded, or ended with a gap that Centrifugo refused as well."""
+    """Events that nobody need have heard of: they ended with a gap that Centrifugo refused as well."""
+    superseded: set[str] = field(default_factory=set)
+    """Events of which the table says that something newer was accepted in their place."""
     dead: set[str] = field(default_factory=set)
     unfinished: set[str] = field(default_factory=set)
     """Events that are still pending or parked."""
@@ -104,6 +111,13 @@ class History:
     """Events that a person had sent again in their place, after their gaps were told."""
     whole: bool = True
     """Whether the subscriber's own stream has no hole: else the proxy's log says what was published."""
+    covers: Container[str] = frozenset()
+    """Snapshots and tombstones of types that are conflated: each makes all older events of its object needless."""
+    rising: Container[str] = frozenset()
+    """Channels in which Centrifugo itself drops what is not newer than what it has of an object: maps, exclusive
+    ones."""
+    maps: Mapping[str, Mapping[Aggregate, int]] = field(default_factory=dict)
+    """What each map channel holds at the end: the objects' versions."""
 
 
 class Bill(NamedTuple):
@@ -145,26 +159,29 @@ def violations(committed: Iterable[Fact], received: Iterable[Fact], duplicates_a
 def judge(history: History) -> Verdict:
     """Judge a whole run."""
     may_be_late = _unanswered(history.sent) | history.asked
+    excused = _excused(history)
     found: list[str] = []
     late = 0
     for stream in history.owed.keys() | history.heard.keys():
         judged = judge_stream(
             history.owed.get(stream, []),
             history.heard.get(stream, []),
-            excused=history.rows.excused,
+            excused=excused(stream),
             ended=history.rows.ended,
             late=may_be_late,
             asked=history.asked,
+            covers=history.covers,
+            rising=stream[1] in history.rising,
         )
         found += [f"{text} (channel {stream[1]})" for text in judged.violations]
         late += judged.late
     if history.sent:
-        found += list(_published(history))
-        found += list(_sent_in_order(history))
+        found += list(_published(history, excused))
+        found += list(_sent_in_order(history, excused))
     found += [f"blamed: {key} is dead and was no poison" for key in history.rows.dead if key not in history.poison]
     found += list(_false_gaps(history))
     found += [f"unfinished: {key} has not ended" for key in history.rows.unfinished]
-    found += list(_stale(history))
+    found += list(_stale(history, excused))
     bills, free = bill(history)
     found += free
     return Verdict(found, bills, late)
@@ -184,13 +201,16 @@ def judge_stream(
     ended: Container[str] = frozenset(),
     late: Container[str] = frozenset(),
     asked: Container[str] = frozenset(),
+    covers: Container[str] = frozenset(),
+    rising: bool = False,
 ) -> Judged:
     """Judge what was heard of an aggregate on a channel.
 
     Each delivery is the successor of the one before, or a step back of which the way forward is then repeated: after
     a crash the events of a batch come again. A gap is as good as the event in whose place it comes. `excused` events
     need not come. `late` ones may come again, or after their successors where they are `excused`, `ended` or `asked`
-    for. After a hole the stream may go on anywhere.
+    for. One of `covers` that is `late` may come before what it stands in for: nobody knew that it had come. Where
+    versions are `rising` nothing comes again. After a hole the stream may go on anywhere.
     """
     position = {fact: place for place, fact in enumerate(owed)}
     # How many owed events there are before each place: what may be skipped does not count.
@@ -215,17 +235,23 @@ def judge_stream(
             continue
         again = place in seen
         duplicates += again
+        if rising and not holes and place <= last:
+            found.append(f"order: {fact} arrived after {owed[last]}, where versions only rise")
         if delivery.gap and again:
             # It was sent, not settled because of a fault, and has expired before it could be sent again.
             continue
-        if place < last and fact.key in late and (again or otherwise or fact.key in asked):
+        stood_in = owed[last].key if place < last else ""
+        if place < last and (
+            (fact.key in late and (again or otherwise or fact.key in asked))
+            or (stood_in in covers and stood_in in late and not again)
+        ):
             surfaced += 1
             seen.add(place)
             continue
         if anywhere:
             anywhere, last = False, place - 1
         missed = before[place] - before[last + 1] if place > last else 0
-        if missed:
+        if missed and not (fact.key in covers and fact.key in late):
             found.append(f"order: {fact} arrived {missed} event(s) too early")
         elif place < last and otherwise and not delivery.gap and not holes and fact.key not in sound:
             found.append(f"resurrected: {fact} had ended otherwise and arrived after {owed[last]}")
@@ -253,23 +279,26 @@ def bill(history: History) -> tuple[list[Bill], list[str]]:
     charged: Counter[int] = Counter()
     in_flight: Counter[int] = Counter()
     found: list[str] = []
-    last_sent: dict[tuple[str, bool], float] = {}
+    last_sent: dict[tuple[str, bool, str], float] = {}
     for request in history.sent:
+        carried = {key for key, _, _ in request.events}
         for number in range(bisect_right(strikes, request.at - LONGEST), len(faults)):
             fault = faults[number]
             if fault.healed < request.at:
                 continue
-            met = sum(settled.get(key, request.executed_at) > fault.at for key, _, _ in request.events)
+            met = sum(settled.get(key, request.executed_at) > fault.at for key in carried)
             if fault.at > request.at and not met:
                 break
             in_flight[number] += met
-        for (key, _, gap), codes in zip(request.events, request.codes, strict=False):
-            if 0 not in codes:
-                continue
-            before = last_sent.get((key, gap))
-            last_sent[key, gap] = request.at
-            if before is None or key in history.asked:
-                continue
+        again: dict[str, float] = {}
+        for (key, channels, gap), codes in zip(request.events, request.codes, strict=False):
+            for channel, code in zip(channels, codes, strict=True):
+                if code in _TAKEN:
+                    before = last_sent.get((key, gap, channel))
+                    last_sent[key, gap, channel] = request.at
+                    if before is not None and key not in history.asked:
+                        again[key] = before
+        for key, before in again.items():
             # The last fault that met it: sent before the healing, and not settled when it struck.
             earlier = range(bisect_right(strikes, request.executed_at) - 1, -1, -1)
             guilty = next((number for number in earlier if before <= faults[number].healed), None)
@@ -297,20 +326,71 @@ def _unanswered(sent: Iterable[Sent]) -> set[str]:
     return keys
 
 
-def _published(history: History) -> Iterable[str]:
+ExcusedOn = Callable[[Stream], Container[str]]
+
+
+def _excused(history: History) -> ExcusedOn:
+    """Which events nobody need have heard of in a stream.
+
+    Beside `Rows.excused` they are those in whose place something newer was accepted there, before they were settled:
+    a later snapshot or tombstone, of which the relay was told; or, where Centrifugo keeps versions, anything that is
+    not older. The row says that they are superseded, or they were accepted on another one of their channels.
+    """
+    told: dict[tuple[str, str], float] = {}  # by event and channel: when a relay first knew of its acceptance
+    executed: dict[tuple[str, str, bool], float] = {}  # the same, or its gap's: when Centrifugo accepted it
+    accepted: set[str] = set()
+    never = float("inf")
+    conflated = {
+        stream[0] for stream, facts in history.owed.items() if any(fact.key in history.covers for fact in facts)
+    }
+    streams = [stream for stream in history.owed if stream[0] in conflated or stream[1] in history.rising]
+    concerned = {fact.key for stream in streams for fact in history.owed[stream]}
+    for request in history.sent:
+        for (key, channels, gap), codes in zip(request.events, request.codes, strict=False):
+            if key not in concerned:
+                continue
+            for channel, code in zip(channels, codes, strict=True):
+                if not code:
+                    accepted.add(key)
+                    at = executed.get((key, channel, gap), never)
+                    executed[key, channel, gap] = min(at, request.executed_at)
+                    if request.answered_at is not None and not gap:
+                        told[key, channel] = min(told.get((key, channel), never), request.answered_at)
+    also: dict[Stream, set[str]] = {}
+    for stream in streams:
+        channel = stream[1]
+        covered = overtaken = never  # since when there is something newer than the fact at hand
+        for fact in reversed(history.owed[stream]):
+            key, at = fact.key, history.rows.settled_at.get(fact.key, 0.0)
+            superseded = key in history.rows.superseded
+            known = min(overtaken, executed.get((key, channel, True), never)) if channel in history.rising else never
+            if (covered <= at and (superseded or key in accepted)) or (known <= at and superseded):
+                also.setdefault(stream, set(history.rows.excused)).add(key)
+            if key in history.covers:
+                covered = min(covered, told.get((key, channel), never))
+            overtaken = min(overtaken, executed.get((key, channel, False), never), known)
+    return lambda stream: also.get(stream, history.rows.excused)
+
+
+def _published(history: History, excused: ExcusedOn) -> Iterable[str]:
     """I1 at the proxy: Centrifugo accepted every owed event on each of its channels."""
     accepted: dict[str, set[str]] = defaultdict(set)
     for request in history.sent:
         for (key, channels, _), codes in zip(request.events, request.codes, strict=False):
-            accepted[key].update(channel for channel, code in zip(channels, codes, strict=True) if not code)
-    for (_, channel), facts in history.owed.items():
+            accepted[key].update(channel for channel, code in zip(channels, codes, strict=True) if code in _TAKEN)
+    for stream, facts in history.owed.items():
+        channel, needless = stream[1], excused(stream)
         for fact in facts:
-            if channel not in accepted.get(fact.key, ()) and fact.key not in history.rows.excused:
+            if channel not in accepted.get(fact.key, ()) and fact.key not in needless:
                 yield f"loss: {fact} was never accepted on {channel}"
 
 
-def _sent_in_order(history: History) -> Iterable[str]:
-    """I3 at the proxy: when an event is first sent, its relay knows that all its predecessors have ended."""
+def _sent_in_order(history: History, excused: ExcusedOn) -> Iterable[str]:
+    """I3 at the proxy: when an event is first sent, its relay knows that all its predecessors have ended.
+
+    Or they are before it in its bundle. One that makes them needless is sent in their place; where nobody knows whether
+    it was accepted, they may still be sent.
+    """
     places: dict[str, list[tuple[Stream, int]]] = defaultdict(list)
     for stream, facts in history.owed.items():
         for place, fact in enumerate(facts):
@@ -318,51 +398,76 @@ def _sent_in_order(history: History) -> Iterable[str]:
     answers = sorted(
         (request.answered_at, number) for number, request in enumerate(history.sent) if request.answered_at is not None
     )
-    never_awaited = history.rows.excused | history.asked
     told = 0
     accepted: set[tuple[str, str]] = set()
     next_place: dict[Stream, int] = defaultdict(int)
-    first_sent: set[str] = set()
+    first_sent: set[tuple[str, str]] = set()
     for request in sorted(history.sent, key=lambda request: request.at):
         while told < len(answers) and answers[told][0] <= request.at:
             answered = history.sent[answers[told][1]]
             told += 1
             for (key, channels, _), codes in zip(answered.events, answered.codes, strict=False):
-                accepted.update((key, channel) for channel, code in zip(channels, codes, strict=True) if not code)
-        for key, _, _ in request.events:
-            if key in first_sent or key in history.asked:
-                continue
-            first_sent.add(key)
+                accepted.update((key, channel) for channel, code in zip(channels, codes, strict=True) if code in _TAKEN)
+        before: set[tuple[int, str, str]] = set()  # what is in this request so far: its publication, itself, a channel
+        for number, (key, channels, gap) in enumerate(request.events):
+            publication = request.publications[number] if request.publications else number
             for stream, place in places[key]:
-                facts, channel = history.owed[stream], stream[1]
+                facts, channel, needless = history.owed[stream], stream[1], excused(stream)
+                if channel not in channels or (key, channel) in first_sent or key in history.asked:
+                    continue
+                first_sent.add((key, channel))
                 reached = next_place[stream]
                 while reached < place and (
-                    (facts[reached].key, channel) in accepted or facts[reached].key in never_awaited
+                    (facts[reached].key, channel) in accepted
+                    or facts[reached].key in needless
+                    or facts[reached].key in history.asked
                 ):
                     reached += 1
                 next_place[stream] = max(next_place[stream], reached)
-                if reached < place:
+                while reached < place and (
+                    (publication, facts[reached].key, channel) in before
+                    or facts[reached].key in needless
+                    or facts[reached].key in history.asked
+                ):
+                    reached += 1
+                if reached < place and not (key in history.covers and not gap and _in_doubt(request, number, channel)):
                     yield f"order: {facts[place]} was sent on {channel} while {facts[reached]} had not ended"
+            if request.publications:
+                before.update((publication, key, channel) for channel in channels)
+
+
+def _in_doubt(request: Sent, number: int, channel: str) -> bool:
+    """Whether a relay does not know that the event of this number was accepted on this channel."""
+    if request.answered_at is None or not request.codes:
+        return True
+    return request.codes[number][list(request.events[number][1]).index(channel)] not in _TAKEN
 
 
 def _false_gaps(history: History) -> Iterable[str]:
     """A gap is told of an event that will not come, and of no other."""
-    may = history.rows.ended | history.rows.excused | history.asked | history.retried
+    may = history.rows.ended | history.rows.excused | history.rows.superseded | history.asked | history.retried
     for stream, heard in history.heard.items():
         for fact in heard:
             if isinstance(fact, Fact) and fact.gap and fact.key not in may:
                 yield f"gap: {fact} was told on {stream[1]} and has not ended so"
 
 
-def _stale(history: History) -> Iterable[str]:
-    """I5: who keeps the newest version heard shows what the table says; a subscriber with holes reads the table."""
+def _stale(history: History, excused: ExcusedOn) -> Iterable[str]:
+    """I5: who keeps the newest version heard shows what the table says; a subscriber with holes reads the table.
+
+    So does who comes later, and loads what a map channel holds.
+    """
     if not history.whole:
         return
     for (aggregate, channel), facts in history.owed.items():
-        owed = [fact for fact in facts if fact.key not in history.rows.excused]
+        needless = excused((aggregate, channel))
+        owed = [fact for fact in facts if fact.key not in needless]
         if not owed or owed[-1].version != history.rows.versions.get(aggregate, owed[-1].version):
             continue
         heard = history.heard.get((aggregate, channel), ())
         newest = max((fact.version for fact in heard if isinstance(fact, Fact)), default=0)
         if newest != owed[-1].version:
             yield f"stale: {aggregate} shows version {newest} on {channel}, the table has {owed[-1].version}"
+        held = history.maps[channel].get(aggregate, 0) if channel in history.maps else newest
+        if held != newest:
+            yield f"stale: {channel} holds version {held} of {aggregate}, and told of {newest}"
