@@ -62,6 +62,8 @@ SETTINGS: Final[Mapping[str, object]] = {
 }
 
 
+PULSE: Final = 60.0
+"""Events per second that are written while all is healed."""
 RELAY: Final = (sys.executable, "-m", "tests.support.failpoints", "run")
 """How a relay is started that can be struck at a point of its path."""
 
@@ -197,9 +199,15 @@ class World:
             slot.process.wait_for("relay started")
 
     def start_writers(self) -> None:
-        arguments = [self.database_url, str(self.folder), self._seed, str(self._rate)]
-        if self._shaped:
-            arguments.append("shaped")
+        self._start_writers("", self._rate)
+
+    def start_pulse(self) -> None:
+        """Let a little be written that nobody refuses: `stop_writers` ends it."""
+        self._start_writers(" pulse", PULSE)
+
+    def _start_writers(self, kind: str, rate: float) -> None:
+        applications = f"{'shaped' if self._shaped else 'plain'}{kind}"
+        arguments = (self.database_url, str(self.folder), self._seed, str(rate), applications)
         self.writers = self._program("tests.chaos.writers", *arguments)
 
     def stop_writers(self) -> None:

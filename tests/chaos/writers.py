@@ -1,4 +1,4 @@
-"""`python -m tests.chaos.writers DATABASE_URL FOLDER SEED RATE [shaped]`: applications that change things.
+"""`python -m tests.chaos.writers DATABASE_URL FOLDER SEED RATE APPLICATIONS`: applications that change things.
 
 Each thread is a kind of application with a database session of its own. It writes events of what it changes, and keeps
 a commit log in FOLDER: what a transaction wrote, on disk before COMMIT is sent, and what became of it, on disk before
@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, Final, NamedTuple
@@ -291,6 +291,17 @@ def versioned(app: Application) -> None:
         app.change(*app.chance.choice([("mapped", [app.chance.randrange(30)]), ("alone", [app.chance.randrange(8)])]))
 
 
+def pulse(app: Application) -> None:
+    """A little that goes on, so that relays can tell what an event is refused for from an outage."""
+    app.change("uniform", app.chance.sample(range(THINGS), 3))
+
+
+def shaped_pulse(app: Application) -> None:
+    """The same in other namespaces."""
+    for group, size in (("packed", 12), ("mapped", 30), ("alone", 8)):
+        app.change(group, app.chance.sample(range(size), 2), kind="snapshot")
+
+
 def _full(chance: Random) -> str:
     return "snapshot" if chance.random() < 0.9 else "tombstone"
 
@@ -300,7 +311,7 @@ def _payload(chance: Random) -> str:
     return json.dumps({"text": "x" * size})
 
 
-APPLICATIONS: Final[Sequence[tuple[Callable[[Application], None], float]]] = (
+PLAIN_APPLICATIONS: Final[Sequence[tuple[Callable[[Application], None], float]]] = (
     (uniform, 0.36),
     (uniform, 0.36),
     (zipf, 0.22),
@@ -311,20 +322,22 @@ APPLICATIONS: Final[Sequence[tuple[Callable[[Application], None], float]]] = (
     (odd, 0.02),
 )
 """What runs beside each other, and its part of all events."""
-SHAPED: Final[Sequence[tuple[Callable[[Application], None], float]]] = (
-    (states, 0.04),
-    (packed, 0.06),
-    (versioned, 0.03),
-)
-"""The same, for types and namespaces that are configured for it."""
+SHAPED: Final = (*PLAIN_APPLICATIONS, (states, 0.04), (packed, 0.06), (versioned, 0.03))
+"""The same, where types and namespaces are configured for it."""
+APPLICATIONS: Final[Mapping[str, Sequence[tuple[Callable[[Application], None], float]]]] = {
+    "plain": PLAIN_APPLICATIONS,
+    "shaped": SHAPED,
+    "plain pulse": ((pulse, 1.0),),
+    "shaped pulse": ((pulse, 1.0), (shaped_pulse, 1.0)),
+}
 
 
-def main(database_url: str, folder: str, seed: str, rate: str, shaped: str = "") -> None:
+def main(database_url: str, folder: str, seed: str, rate: str, applications: str) -> None:
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     brake = Brake(database_url, stopping)
     threads = [threading.Thread(target=brake.watch, daemon=True)]
-    for number, (transaction, part) in enumerate((*APPLICATIONS, *(SHAPED if shaped else ()))):
+    for number, (transaction, part) in enumerate(APPLICATIONS[applications]):
         name = f"{transaction.__name__}{number}"
         app = Application(name, database_url, Path(folder), Random(f"{seed}/{name}"), float(rate) * part, brake)
         threads.append(threading.Thread(target=app.run, args=(transaction, stopping), daemon=True))
