@@ -9,7 +9,20 @@ from dataclasses import replace
 
 import pytest
 
-from tests.support.oracle import Bill, Fact, Heard, History, Hole, Sent, Stream, Struck, Verdict, judge, violations
+from tests.support.oracle import (
+    DROPPED,
+    Bill,
+    Fact,
+    Heard,
+    History,
+    Hole,
+    Sent,
+    Stream,
+    Struck,
+    Verdict,
+    judge,
+    violations,
+)
 
 AGGREGATES = [("order", str(n)) for n in range(3)]
 COMMITTED = [
@@ -276,6 +289,261 @@ def test_a_subscriber_that_ends_with_less_than_the_table_is_stale() -> None:
     history.rows.versions[("order", "1")] = 4
     history.heard[stream("1")].pop()
     assert "stale" in found(history)
+
+
+# Conflated types: a later snapshot stands in for what is older.
+
+
+def conflated() -> History:
+    """Version 3 of the first aggregate was not sent: version 4, a snapshot, was accepted in its place at 4.2."""
+    history = faultless()
+    history.covers = {"0-3", "0-4"}
+    history.rows.superseded.add("0-3")
+    history.rows.settled_at["0-3"] = 4.5
+    del history.heard[stream("0")][2]
+    history.sent = [*history.sent[:2], sent(3, "1", "2"), *history.sent[3:]]
+    return history
+
+
+def test_a_superseded_event_need_not_be_heard_of() -> None:
+    assert judge(conflated()) == Verdict([], [], 0)
+
+
+def test_only_something_newer_supersedes() -> None:
+    """Not a change, and nothing of another channel."""
+    history = conflated()
+    history.covers = {"0-2", "0-3"}
+    assert found(history) == ["loss", "order"]
+    history = conflated()
+    also: Stream = ("order", "0"), "hist:2"
+    history.owed[also] = [COMMITTED[index("0", 3)]]
+    assert "loss" in found(history)
+
+
+def test_what_is_superseded_was_so_when_it_was_settled() -> None:
+    """The relay knew of the newer one's acceptance: it had been answered."""
+    history = conflated()
+    history.rows.settled_at["0-3"] = 4.15
+    assert found(history) == ["loss", "order"]
+    history = conflated()
+    history.sent = [replace(each, answered_at=None) if each.at == 4.0 else each for each in history.sent]
+    assert "loss" in found(history)
+
+
+def test_an_event_of_which_the_row_says_that_it_was_delivered_is_not_superseded() -> None:
+    """But where it was accepted on another one of its channels, and is not sent to this one any more."""
+    history = conflated()
+    history.rows.superseded.clear()
+    assert found(history) == ["loss", "order"]
+    other: Stream = ("order", "0"), "hist:2"
+    fact = COMMITTED[index("0", 3)]
+    history.owed[other] = [fact]
+    history.heard[other] = [fact]
+    history.sent = [*history.sent, Sent(3.0, [("0-3", ["hist:2"], False)], [[0]], executed_at=3.1, answered_at=3.2)]
+    assert found(history) == []
+
+
+def in_doubt() -> History:
+    """Version 4 was executed and not answered; version 3 was sent then, because it was read without version 4."""
+    history = conflated()
+    history.rows.superseded.clear()
+    unanswered = [replace(each, answered_at=None) if each.at == 4.0 else each for each in history.sent]
+    history.sent = [*unanswered, sent(3, "0", at=4.5)]
+    history.heard[stream("0")].insert(3, COMMITTED[index("0", 3)])
+    return history
+
+
+def test_a_snapshot_without_an_answer_may_come_before_what_it_stands_in_for() -> None:
+    """Nobody knew: what was to be superseded by it is sent after all."""
+    history = in_doubt()
+    history.sent = [
+        *history.sent[:-2],
+        history.sent[-1],
+        sent(4, "0", "1", "2", at=4.7),
+        sent(5, "0", "1", "2", at=5.0),
+    ]
+    history.faults = [Struck("replies cut", 3.9, 4.4)]
+    history.rows.settled_at.update({"0-4": 4.95, "1-4": 4.95, "2-4": 4.95, "0-3": 4.65})
+    verdict = judge(history)
+    assert verdict.violations == []
+    assert verdict.late == 1
+
+
+def struck_before_it_was_settled() -> History:
+    """Version 4 was accepted, and the relay killed before it could write that down; it is sent again at last."""
+    history = in_doubt()
+    answered = [replace(each, answered_at=each.at + 0.2) for each in history.sent]
+    history.sent = [*answered, sent(4, "0", "1", "2", at=4.8)]
+    history.rows.settled_at.update({"0-3": 4.75, "0-4": 4.95, "1-4": 4.95, "2-4": 4.95})
+    history.faults = [Struck("relay killed", 4.3, 4.3)]
+    return history
+
+
+def test_so_may_one_that_a_fault_met_before_it_was_settled() -> None:
+    history = struck_before_it_was_settled()
+    # The next one waits until version 4 has ended.
+    late = [each for each in history.sent if each.at == 5.0]
+    history.sent = [*(each for each in history.sent if each not in late), *late]
+    verdict = judge(history)
+    assert verdict.violations == []
+    assert verdict.late == 1
+    history.faults = [Struck("relay killed", 3.5, 3.6)]
+    assert "order" in found(history)
+
+
+def test_a_change_without_an_answer_may_not() -> None:
+    history = in_doubt()
+    history.covers = frozenset()
+    assert "order" in found(history)
+
+
+def test_a_snapshot_whose_acceptance_is_known_ends_what_is_older() -> None:
+    history = in_doubt()
+    history.sent = [replace(each, answered_at=each.at + 0.2) for each in history.sent]
+    assert "order" in found(history)
+
+
+# Bundles: one publication with several events, in order, all or none.
+
+
+def bundled(*versions: int, publications: Sequence[int] = (0, 0)) -> History:
+    """The first aggregate's versions 4 and 5 were sent in one request, in this order."""
+    history = faultless()
+    together = Sent(4.0, [(f"0-{n}", [CHANNEL], False) for n in versions], [[0], [0]], executed_at=4.1, answered_at=4.2)
+    together.publications = publications
+    others = [sent(4, "1", "2"), sent(5, "1", "2")]
+    history.sent = [*history.sent[:3], together, *others]
+    return history
+
+
+def test_what_is_in_one_bundle_follows_each_other() -> None:
+    assert judge(bundled(4, 5)) == Verdict([], [], 0)
+
+
+def test_a_bundle_in_the_wrong_order_is_seen() -> None:
+    assert found(bundled(5, 4)) == ["order"]
+
+
+def test_two_events_of_an_aggregate_in_one_request_are_seen_if_they_are_in_no_bundle() -> None:
+    """Centrifugo goes on after a failing command."""
+    assert found(bundled(4, 5, publications=())) == ["order"]
+    assert found(bundled(4, 5, publications=(0, 1))) == ["order"]
+
+
+def formed_anew() -> History:
+    """Versions 3 to 5 of the first aggregate are sent again: 4 under its old key, 3 and 5 in other company."""
+    history = faultless()
+    bundle = sent(5, "0", "1")
+    bundle.publications = (0, 0)
+    history.sent = [*history.sent[:4], bundle, sent(5, "2"), *(sent(n, "0", at=n + 3.0) for n in (3, 4, 5))]
+    history.rows.settled_at.update({f"0-{n}": 8.5 for n in (3, 4, 5)})
+    history.faults = [Struck("relay killed", 5.3, 5.3)]
+    heard = history.heard[stream("0")]
+    heard += [heard[2], heard[4]]
+    return history
+
+
+def test_of_a_suffix_that_is_repeated_in_other_bundles_some_may_be_swallowed() -> None:
+    history = formed_anew()
+    assert found(history) == []
+    del history.heard[stream("0")][-1]
+    assert found(history) == []
+
+
+def test_what_was_not_sent_again_was_not_swallowed() -> None:
+    history = formed_anew()
+    history.sent = [each for each in history.sent if each.at != 7.0]
+    assert found(history) == ["order"]
+
+
+def test_nothing_is_swallowed_singly_where_there_are_no_bundles() -> None:
+    history = formed_anew()
+    history.sent = [replace(each, publications=()) for each in history.sent]
+    assert found(history) == ["order"]
+
+
+# Map and exclusive channels: Centrifugo keeps the versions.
+
+
+def rising() -> History:
+    history = faultless()
+    history.rising = {CHANNEL}
+    history.maps = {CHANNEL: dict.fromkeys(AGGREGATES, 5)}
+    return history
+
+
+def test_a_faultless_run_passes_where_versions_only_rise() -> None:
+    assert judge(rising()) == Verdict([], [], 0)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_nothing_comes_again_where_versions_only_rise(step: int) -> None:
+    """Elsewhere it may: a suffix that is repeated, and what was late."""
+    history = rising()
+    heard = history.heard[stream("1")]
+    heard += heard[-step:]
+    assert found(history) == ["order"]
+    history.sent = [replace(each, answered_at=None) for each in history.sent]
+    assert "order" in found(history)
+
+
+def dropped() -> History:
+    """Version 3's gap was told, a person had the event itself sent again, and the map knew better."""
+    history = rising()
+    history.sent = [
+        *history.sent[:2],
+        Sent(3.0, [("0-3", [CHANNEL], True), *sent(3, "1", "2").events], [[0]] * 3, executed_at=3.1, answered_at=3.2),
+        sent(3, "0", at=3.3, codes=(DROPPED,)),
+        *history.sent[3:],
+    ]
+    history.heard[stream("0")][2] = gap(history.heard[stream("0")][2])
+    history.rows.superseded.add("0-3")
+    history.rows.settled_at["0-3"] = 3.6
+    return history
+
+
+def test_what_a_map_drops_is_superseded() -> None:
+    assert judge(dropped()) == Verdict([], [], 0)
+
+
+def test_what_a_map_cannot_have_dropped_is_lost() -> None:
+    """There was nothing newer when the event was settled, and no gap of it."""
+    history = dropped()
+    del history.heard[stream("0")][2]
+    history.sent = [each for each in history.sent if not any(told for _, _, told in each.events)]
+    history.sent = [*history.sent[:2], sent(3, "1", "2"), *history.sent[2:]]
+    assert found(history) == ["loss", "order"]
+
+
+def test_what_a_stream_supersedes_by_itself_is_lost() -> None:
+    """A channel without versions drops nothing."""
+    history = dropped()
+    history.rising = frozenset()
+    del history.heard[stream("0")][2]
+    assert "loss" in found(history)
+
+
+def test_a_map_that_does_not_hold_what_it_told_is_stale() -> None:
+    history = rising()
+    history.maps = {CHANNEL: {**dict.fromkeys(AGGREGATES, 5), ("order", "1"): 4}}
+    assert found(history) == ["stale"]
+    history.maps = {CHANNEL: {}}
+    assert found(history) == ["stale"]
+
+
+def test_a_request_that_only_one_channel_accepted_is_repeated_for_the_other() -> None:
+    """That is no duplicate; to the same channel it is."""
+    history = faultless()
+    other: Stream = ("order", "0"), "hist:2"
+    history.owed[other] = [COMMITTED[index("0", 5)]]
+    history.heard[other] = [COMMITTED[index("0", 5)]]
+    first = Sent(5.0, [("0-5", [CHANNEL, "hist:2"], False)], [[0, 102]], executed_at=5.1, answered_at=5.2)
+    again = Sent(6.0, [("0-5", ["hist:2"], False)], [[0]], executed_at=6.1, answered_at=6.2)
+    history.rows.settled_at["0-5"] = 6.5
+    history.sent = [*history.sent[:4], sent(5, "1", "2"), first, again]
+    assert found(history) == []
+    history.sent = [*history.sent, replace(again, at=7.0, executed_at=7.1, answered_at=7.2)]
+    assert found(history) == ["duplicates"]
 
 
 @pytest.mark.parametrize("seed", range(20))

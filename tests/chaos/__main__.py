@@ -39,10 +39,15 @@ def main() -> int:
         print(f"== {stage.name}: {seconds:.0f} s, seed {chosen.seed}", file=sys.stderr)
         results.append(run(stage, seconds, f"{chosen.seed}/{stage.name}", chosen.rate, folder / str(number)))
         _print(results[-1])
+    broken = [text for result in results for text in result.violations] + report.too_slow(results)
+    for text in report.too_slow(results):
+        print(text)
     if chosen.record:
-        report.save(results, chosen.seed, chosen.rate, report.RUNS)
+        report.save(results, chosen.seed, chosen.minutes, chosen.rate, report.RUNS)
         report.main()
-    if any(result.violations for result in results):
+        broken += report.missed(report.recorded())
+        print(report.summary(report.recorded()))
+    if broken:
         print(f"FAILED with seed {chosen.seed}; the logs are in {folder}", file=sys.stderr)
         return 1
     shutil.rmtree(folder)

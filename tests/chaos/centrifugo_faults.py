@@ -10,6 +10,9 @@ from typing import Final
 from tests.chaos.fault import Fault
 from tests.chaos.world import NAMESPACES, World
 
+RESTARTED: Final = 2.0
+"""Seconds after which all must be as before, once it is back."""
+
 
 @contextmanager
 def killed(world: World, chance: Random) -> Iterator[None]:
@@ -59,9 +62,9 @@ def unknown_namespace(world: World, chance: Random) -> Iterator[None]:
 
 
 FAULTS: Final = (
-    Fault("Centrifugo killed", killed, (0.5, 2.0), alone_with="Centrifugo"),
-    Fault("Centrifugo killed and started at once", killed_for_a_moment, alone_with="Centrifugo"),
-    Fault("Centrifugo stopped", stopped, (0.5, 2.0), alone_with="Centrifugo"),
+    Fault("Centrifugo killed", killed, (0.5, 2.0), within=RESTARTED, alone_with="Centrifugo"),
+    Fault("Centrifugo killed and started at once", killed_for_a_moment, within=RESTARTED, alone_with="Centrifugo"),
+    Fault("Centrifugo stopped", stopped, (0.5, 2.0), within=RESTARTED, alone_with="Centrifugo"),
     Fault("Centrifugo frozen", frozen, (0.5, 5.0), alone_with="Centrifugo"),
     Fault("Centrifugo restarted with another key", wrong_key, (0.5, 2.0), alone_with="Centrifugo"),
     Fault("Centrifugo restarted without a namespace", unknown_namespace, (0.5, 2.0), alone_with="Centrifugo"),

@@ -28,6 +28,9 @@ class Fault:
     seconds: tuple[float, float] = (0.0, 0.0)
     beside: bool = False
     from_strike: bool = False
+    within: float = 0.0
+    """Seconds of recovery that are promised. Every second round nothing else strikes for so long, so that whatever
+    takes longer is seen. 0 where nothing is promised."""
     quiet: bool = False
     """Whether it keeps no event from being delivered, so that the recovery from others can be measured meanwhile."""
     alone_with: Literal["", "Centrifugo", "PostgreSQL", "Redis"] = ""
@@ -45,6 +48,8 @@ class Appointment:
     seconds: float
     seed: str
     """Decides whatever else chance decides about it: the victim, the point, the moment."""
+    alone: bool = False
+    """Whether nothing else is at work until its recovery is over, or has taken longer than is promised."""
 
 
 PAUSE = (0.7, 1.6)
@@ -58,15 +63,26 @@ def schedule(faults: Sequence[Fault], seconds: float, seed: str) -> list[Appoint
     chance = Random(seed)
     appointments: list[Appointment] = []
     at = chance.uniform(*PAUSE)
+    busy = 0.0  # until when something is at work
     waiting: list[Fault] = []
+    rounds = 0
     while faults and at < seconds:
         if not waiting:
             waiting = chance.sample(faults, len(faults))
+            rounds += 1
         fault = waiting.pop()
+        alone = fault.within > 0 and rounds % 2 == 0
+        if alone:
+            at = max(at, busy + PAUSE[0])
         lasts = chance.uniform(*fault.seconds)
         if at + lasts > seconds and fault.seconds[1] > 0:
             lasts = min(lasts, fault.seconds[0])
-        appointments.append(Appointment(at, fault, lasts, f"{seed}/{len(appointments)}"))
-        overlaps = fault.beside or chance.random() < OVERLAP
-        at += chance.uniform(*PAUSE) if overlaps else lasts + chance.uniform(*PAUSE)
+        appointments.append(Appointment(at, fault, lasts, f"{seed}/{len(appointments)}", alone))
+        if not fault.quiet:
+            busy = max(busy, at + lasts)
+        overlaps = not alone and (fault.beside or chance.random() < OVERLAP)
+        at += 0.0 if overlaps else lasts
+        if alone:
+            at += fault.within if not fault.from_strike else max(0.0, fault.within - lasts)
+        at += chance.uniform(*PAUSE)
     return appointments

@@ -29,6 +29,7 @@ class Strike:
     at: float
     struck: float
     healed: float
+    alone: bool = False
 
     @property
     def as_struck(self) -> Struck:
@@ -36,7 +37,7 @@ class Strike:
 
 
 class Injection(NamedTuple):
-    """One fault and its price. `recovery` is in seconds; None where another fault was at work, or nothing waited."""
+    """One fault and its price. `recovery` is in seconds; None where it could not be measured."""
 
     kind: str
     duplicates: int
@@ -58,23 +59,27 @@ class Waiting:
         return max((settled for settled in self._settled[first:last] if settled > at), default=None)
 
 
-def recovery(strike: Strike, strikes: Sequence[Strike], waiting: Waiting) -> float | None:
+def recovery(strike: Strike, strikes: Sequence[Strike], waiting: Waiting, end: float) -> float | None:
     """Seconds until everything was settled that waited when the fault struck.
 
-    They count from the healing, or from the strike where others take over. None where other faults disturb.
+    They count from the healing, or from the strike where others take over. None where nothing waited, where others
+    disturb or the run ended at `end`, and where much is promised but the fault was not alone. Once it has taken longer
+    than is promised, nothing excuses it.
     """
+    fault = strike.fault
     ended = waiting.until(strike.struck)
-    if ended is None:
+    if ended is None or (fault.within and not strike.alone):
         return None
-    if any(
-        other is not strike
-        and not other.fault.quiet
-        and other.at < max(ended, strike.healed)
-        and other.healed > strike.at
+    counts_from = strike.struck if fault.from_strike else strike.healed
+    until = min(ended, counts_from + fault.within) if fault.within else ended
+    if not fault.from_strike:
+        until = max(until, strike.healed)
+    if until > end or any(
+        other is not strike and not other.fault.quiet and other.at < until and other.healed > strike.at
         for other in strikes
     ):
         return None
-    return max(0.0, ended - (strike.struck if strike.fault.from_strike else strike.healed))
+    return max(0.0, ended - counts_from)
 
 
 _LEFT: Final = """

@@ -16,6 +16,8 @@ from tests.chaos.fault import Fault
 from tests.chaos.world import DISK, World
 from tests.support.waiting import wait_until
 
+RESTARTED: Final = 3.0
+"""Seconds after which all must be as before, once it is back."""
 _END_RELAYS: Final = f"""
 SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = '{APPLICATION_NAME}'
 """
@@ -125,8 +127,8 @@ def _repeated(action: Callable[[], object], every: float) -> Iterator[None]:
 
 
 FAULTS: Final = (
-    Fault("PostgreSQL crashed", crashed, (0.2, 1.5), alone_with="PostgreSQL"),
-    Fault("PostgreSQL restarted", restarted, alone_with="PostgreSQL"),
+    Fault("PostgreSQL crashed", crashed, (0.2, 1.5), within=RESTARTED, alone_with="PostgreSQL"),
+    Fault("PostgreSQL restarted", restarted, within=RESTARTED, alone_with="PostgreSQL"),
     Fault("sessions ended by pg_terminate_backend", sessions_ended, (0.3, 2.0)),
     Fault("max_connections exhausted", connections_exhausted, (0.5, 2.0)),
     Fault("disk full", disk_full, (0.5, 2.0), alone_with="PostgreSQL", needs="disk"),

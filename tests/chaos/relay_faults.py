@@ -14,6 +14,9 @@ from tests.support.failpoints import POINTS
 from tests.support.gateway import Exchange
 from tests.support.waiting import wait_until
 
+KILLED: Final = 1.0
+FROZEN: Final = 15.0
+"""Seconds after which the aggregates of a relay that is no more, or stands still, must have moved on."""
 TIMEOUTS: Final = (6.0, 8.0)
 """Longer than the database waits for a silent session (5 s with the defaults): its lanes go to others."""
 
@@ -109,17 +112,25 @@ def strike_at(world: World, slot: Slot, point: str, number: signal.Signals) -> N
 
 
 FAULTS: Final = (
-    Fault("relay killed", killed, from_strike=True),
-    Fault("relay killed at a point of its path", killed_at_a_point, from_strike=True),
-    Fault("relay killed with a request in flight", killed_in_flight, from_strike=True),
-    Fault("relay frozen beyond its time-outs", frozen, TIMEOUTS, beside=True, from_strike=True),
-    Fault("relay frozen at a point of its path", frozen_at_a_point, TIMEOUTS, beside=True, from_strike=True),
+    Fault("relay killed", killed, from_strike=True, within=KILLED),
+    Fault("relay killed at a point of its path", killed_at_a_point, from_strike=True, within=KILLED),
+    Fault("relay killed with a request in flight", killed_in_flight, from_strike=True, within=KILLED),
+    Fault("relay frozen beyond its time-outs", frozen, TIMEOUTS, beside=True, from_strike=True, within=FROZEN),
+    Fault(
+        "relay frozen at a point of its path",
+        frozen_at_a_point,
+        TIMEOUTS,
+        beside=True,
+        from_strike=True,
+        within=FROZEN,
+    ),
     Fault(
         "relay frozen while it receives rows",
         frozen_while_it_receives_rows,
         (10.0, 14.0),
         beside=True,
         from_strike=True,
+        within=FROZEN,
     ),
     Fault("SIGTERM storm", stopped_in_a_storm),
     Fault("clock stepped by an hour", clock_stepped, (2.0, 4.0), beside=True, quiet=True, needs="faketime"),

@@ -129,7 +129,7 @@ def run(stage: Stage, seconds: float, seed: str, rate: float, folder: Path) -> R
             stage,
             verdict,
             [
-                Injection(strike.fault.kind, cost.duplicates, cost.in_flight, recovery(strike, struck, waiting))
+                Injection(strike.fault.kind, cost.duplicates, cost.in_flight, recovery(strike, struck, waiting, healed))
                 for strike, cost in zip(struck, verdict.bills, strict=True)
             ],
             left,
@@ -166,6 +166,11 @@ class _Storm:
         threads: list[threading.Thread] = []
         for appointment in appointments:
             time.sleep(max(0.0, started + appointment.at - time.monotonic()))
+            if appointment.alone:
+                # What is left of the faults before is not this one's: all others wait as long.
+                now = time.monotonic()
+                self._world.wait_until_calm(CALM)
+                started += time.monotonic() - now
             if self._errors:
                 break
             threads.append(threading.Thread(target=self._strike, args=(appointment,), daemon=True))
@@ -189,7 +194,7 @@ class _Storm:
                     # Waiting for a victim is no part of the fault: what was sent then was not in flight.
                     at = self._world.held.pop(threading.get_ident(), at)
                     time.sleep(appointment.seconds)
-                self._struck.append(Strike(fault, at, struck, time.time()))
+                self._struck.append(Strike(fault, at, struck, time.time(), appointment.alone))
         except BaseException as error:
             self._errors.append((appointment, error))
 

@@ -129,6 +129,12 @@ class Slot:
     taken: bool = False
 
 
+_OLD: Final = """
+SELECT FROM outbox WHERE state IN ('pending', 'parked') AND created_at < clock_timestamp() - interval '0.3 s'
+AND split_part(aggregate_id, '-', 1) = ANY(%(groups)s) LIMIT 1
+"""
+
+
 class World:
     """Everything, running from the start of the `with` block.
 
@@ -178,6 +184,8 @@ class World:
 
     def _start(self) -> None:
         enter = self._stack.enter_context
+        _sweep_faketime()
+        self._stack.callback(_sweep_faketime)
         data = self._disk()
         self.postgres = enter(Postgres(data, settings=POSTGRES))
         self.database_url = self.postgres.create_database("chaos")
@@ -268,6 +276,7 @@ class World:
 
     def replace(self, slot: Slot) -> None:
         """Start a relay in the place of one that has ended, and return at once."""
+        _sweep_faketime()
         with slot.process:
             slot.process = self._relay(slot.settings, slot.clock)
 
@@ -321,6 +330,15 @@ class World:
         with connections[0] as connection:
             yield connection
 
+    def wait_until_calm(self, seconds: float) -> None:
+        """Until nothing waits that was written some time ago and that only faults hold up; at most so many seconds."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            with self.database() as connection:
+                if connection.execute(_OLD, {"groups": sorted(writers.PLAIN)}).fetchone() is None:
+                    return
+            time.sleep(0.05)
+
     @contextmanager
     def session(self) -> Iterator[psycopg.Connection[Any]]:
         """As `database`, for a fault that others may end early: a lost session or a refused lock is no error."""
@@ -369,6 +387,13 @@ class World:
 
     def resize_disk(self, size: str) -> None:
         subprocess.run(["mount", "-o", f"remount,size={size}", self.folder / "disk"], check=True, capture_output=True)
+
+
+def _sweep_faketime() -> None:
+    """Delete what libfaketime left behind in dead processes: another one of the same id would wait for it for ever."""
+    for path in Path("/dev/shm").glob("*faketime_*"):
+        if not Path(f"/proc/{path.name.rpartition('_')[2]}").exists():
+            path.unlink(missing_ok=True)
 
 
 def end(program: subprocess.Popen[bytes]) -> None:

@@ -8,7 +8,7 @@ compares versions shows at the end is what the table says (I5), and after the he
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -159,6 +159,8 @@ def violations(committed: Iterable[Fact], received: Iterable[Fact], duplicates_a
 def judge(history: History) -> Verdict:
     """Judge a whole run."""
     may_be_late = _unanswered(history.sent) | history.asked
+    doubtful = _in_doubt(history)
+    swallowed = _swallowed(history.sent)
     excused = _excused(history)
     found: list[str] = []
     late = 0
@@ -170,14 +172,15 @@ def judge(history: History) -> Verdict:
             ended=history.rows.ended,
             late=may_be_late,
             asked=history.asked,
-            covers=history.covers,
+            doubtful=doubtful,
+            swallowed=swallowed.get(stream[1], frozenset()),
             rising=stream[1] in history.rising,
         )
         found += [f"{text} (channel {stream[1]})" for text in judged.violations]
         late += judged.late
     if history.sent:
         found += list(_published(history, excused))
-        found += list(_sent_in_order(history, excused))
+        found += list(_sent_in_order(history, excused, doubtful))
     found += [f"blamed: {key} is dead and was no poison" for key in history.rows.dead if key not in history.poison]
     found += list(_false_gaps(history))
     found += [f"unfinished: {key} has not ended" for key in history.rows.unfinished]
@@ -201,7 +204,8 @@ def judge_stream(
     ended: Container[str] = frozenset(),
     late: Container[str] = frozenset(),
     asked: Container[str] = frozenset(),
-    covers: Container[str] = frozenset(),
+    doubtful: Container[str] = frozenset(),
+    swallowed: Container[str] = frozenset(),
     rising: bool = False,
 ) -> Judged:
     """Judge what was heard of an aggregate on a channel.
@@ -209,8 +213,8 @@ def judge_stream(
     Each delivery is the successor of the one before, or a step back of which the way forward is then repeated: after
     a crash the events of a batch come again. A gap is as good as the event in whose place it comes. `excused` events
     need not come. `late` ones may come again, or after their successors where they are `excused`, `ended` or `asked`
-    for. One of `covers` that is `late` may come before what it stands in for: nobody knew that it had come. Where
-    versions are `rising` nothing comes again. After a hole the stream may go on anywhere.
+    for. A `doubtful` one may come before what it stands in for. On the way forward again, `swallowed` ones may be
+    missing. Where versions are `rising` nothing comes again. After a hole the stream may go on anywhere.
     """
     position = {fact: place for place, fact in enumerate(owed)}
     # How many owed events there are before each place: what may be skipped does not count.
@@ -242,8 +246,7 @@ def judge_stream(
             continue
         stood_in = owed[last].key if place < last else ""
         if place < last and (
-            (fact.key in late and (again or otherwise or fact.key in asked))
-            or (stood_in in covers and stood_in in late and not again)
+            (fact.key in late and (again or otherwise or fact.key in asked)) or (stood_in in doubtful and not again)
         ):
             surfaced += 1
             seen.add(place)
@@ -251,7 +254,9 @@ def judge_stream(
         if anywhere:
             anywhere, last = False, place - 1
         missed = before[place] - before[last + 1] if place > last else 0
-        if missed and not (fact.key in covers and fact.key in late):
+        if missed and swallowed:
+            missed -= sum(p in seen and owed[p].key in swallowed for p in range(last + 1, place))
+        if missed > 0 and fact.key not in doubtful:
             found.append(f"order: {fact} arrived {missed} event(s) too early")
         elif place < last and otherwise and not delivery.gap and not holes and fact.key not in sound:
             found.append(f"resurrected: {fact} had ended otherwise and arrived after {owed[last]}")
@@ -265,9 +270,9 @@ def judge_stream(
             for place, fact in enumerate(owed)
             if place not in seen and fact.key not in excused
         ]
-        if seen and before[-1] > before[last + 1]:
-            newest = max(place for place in range(len(owed)) if before[place + 1] > before[place])
-            found.append(f"stale: {owed[last].aggregate} ended at {owed[last]} though {owed[newest]} is newer")
+        newer = [place for place in range(last + 1, len(owed)) if before[place + 1] > before[place]]
+        if seen and any(place not in seen or owed[place].key not in swallowed for place in newer):
+            found.append(f"stale: {owed[last].aggregate} ended at {owed[last]} though {owed[newer[-1]]} is newer")
     return Judged(found, duplicates, surfaced)
 
 
@@ -385,11 +390,57 @@ def _published(history: History, excused: ExcusedOn) -> Iterable[str]:
                 yield f"loss: {fact} was never accepted on {channel}"
 
 
-def _sent_in_order(history: History, excused: ExcusedOn) -> Iterable[str]:
+def _in_doubt(history: History) -> set[str]:
+    """Those of `covers` that may not have ended what is older: no relay knew, or could write down, that they had.
+
+    They were refused somewhere, or not answered; or a fault struck before they were settled. Then what they were to
+    stand in for may be sent after all, where it is read without them.
+    """
+    found: set[str] = set()
+    strikes = sorted((fault.at, fault.healed) for fault in history.faults)
+    times = [at for at, _ in strikes]
+    for request in history.sent:
+        for number, (key, _, _) in enumerate(request.events):
+            if key not in history.covers:
+                continue
+            codes = request.codes[number] if request.codes else ()
+            settled_at = history.rows.settled_at.get(key, request.executed_at)
+            earlier = range(bisect_left(times, settled_at) - 1, -1, -1)
+            met = any(strikes[n][1] >= request.at for n in earlier if times[n] > request.at - LONGEST)
+            if met or not codes or request.answered_at is None or any(code not in _TAKEN for code in codes):
+                found.add(key)
+    return found
+
+
+def _swallowed(sent: Iterable[Sent]) -> dict[str, set[str]]:
+    """By channel that takes bundles, events that were accepted more than once.
+
+    In other company a copy comes under another key, so some copies are heard, and Centrifugo swallows others.
+    """
+    bundles = {channel for request in sent if request.publications for channel in _bundled(request)}
+    once: set[tuple[str, str]] = set()
+    again: dict[str, set[str]] = defaultdict(set)
+    for request in sent:
+        for (key, channels, _), codes in zip(request.events, request.codes, strict=False):
+            for channel, code in zip(channels, codes, strict=True):
+                if channel in bundles and not code:
+                    if (key, channel) in once:
+                        again[channel].add(key)
+                    once.add((key, channel))
+    return again
+
+
+def _bundled(request: Sent) -> set[str]:
+    """The channels of its bundles."""
+    size = Counter(request.publications)
+    pairs = zip(request.events, request.publications, strict=True)
+    return {channel for (_, channels, _), number in pairs if size[number] > 1 for channel in channels}
+
+
+def _sent_in_order(history: History, excused: ExcusedOn, doubtful: Container[str]) -> Iterable[str]:
     """I3 at the proxy: when an event is first sent, its relay knows that all its predecessors have ended.
 
-    Or they are before it in its bundle. One that makes them needless is sent in their place; where nobody knows whether
-    it was accepted, they may still be sent.
+    Or they are before it in its bundle, or they are excused because it stands in for them: see `_in_doubt`.
     """
     places: dict[str, list[tuple[Stream, int]]] = defaultdict(list)
     for stream, facts in history.owed.items():
@@ -409,7 +460,7 @@ def _sent_in_order(history: History, excused: ExcusedOn) -> Iterable[str]:
             for (key, channels, _), codes in zip(answered.events, answered.codes, strict=False):
                 accepted.update((key, channel) for channel, code in zip(channels, codes, strict=True) if code in _TAKEN)
         before: set[tuple[int, str, str]] = set()  # what is in this request so far: its publication, itself, a channel
-        for number, (key, channels, gap) in enumerate(request.events):
+        for number, (key, channels, _) in enumerate(request.events):
             publication = request.publications[number] if request.publications else number
             for stream, place in places[key]:
                 facts, channel, needless = history.owed[stream], stream[1], excused(stream)
@@ -430,17 +481,10 @@ def _sent_in_order(history: History, excused: ExcusedOn) -> Iterable[str]:
                     or facts[reached].key in history.asked
                 ):
                     reached += 1
-                if reached < place and not (key in history.covers and not gap and _in_doubt(request, number, channel)):
+                if reached < place and key not in doubtful:
                     yield f"order: {facts[place]} was sent on {channel} while {facts[reached]} had not ended"
             if request.publications:
                 before.update((publication, key, channel) for channel in channels)
-
-
-def _in_doubt(request: Sent, number: int, channel: str) -> bool:
-    """Whether a relay does not know that the event of this number was accepted on this channel."""
-    if request.answered_at is None or not request.codes:
-        return True
-    return request.codes[number][list(request.events[number][1]).index(channel)] not in _TAKEN
 
 
 def _false_gaps(history: History) -> Iterable[str]:
