@@ -353,7 +353,7 @@ def in_doubt() -> History:
     return history
 
 
-def test_a_snapshot_without_an_answer_may_come_before_what_it_stands_in_for() -> None:
+def test_a_snapshot_whose_answer_a_fault_cut_may_come_before_what_it_stands_in_for() -> None:
     """Nobody knew: what was to be superseded by it is sent after all."""
     history = in_doubt()
     history.sent = [
@@ -406,28 +406,27 @@ def test_a_snapshot_whose_acceptance_is_known_ends_what_is_older() -> None:
 # Bundles: one publication with several events, in order, all or none.
 
 
-def bundled(*versions: int, publications: Sequence[int] = (0, 0)) -> History:
-    """The first aggregate's versions 4 and 5 were sent in one request, in this order."""
+def bundled(*versions: int, publications: Sequence[int] = (0, 0, 0)) -> History:
+    """The first aggregate's versions 3 to 5 were sent in one request, in this order."""
     history = faultless()
-    together = Sent(4.0, [(f"0-{n}", [CHANNEL], False) for n in versions], [[0], [0]], executed_at=4.1, answered_at=4.2)
-    together.publications = publications
-    others = [sent(4, "1", "2"), sent(5, "1", "2")]
-    history.sent = [*history.sent[:3], together, *others]
+    events = [(f"0-{n}", [CHANNEL], False) for n in versions]
+    together = Sent(3.0, events, [[0]] * 3, executed_at=3.1, answered_at=3.2, publications=publications)
+    history.sent = [*history.sent[:2], together, *(sent(n, "1", "2") for n in (3, 4, 5))]
     return history
 
 
 def test_what_is_in_one_bundle_follows_each_other() -> None:
-    assert judge(bundled(4, 5)) == Verdict([], [], 0)
+    assert judge(bundled(3, 4, 5)) == Verdict([], [], 0)
 
 
 def test_a_bundle_in_the_wrong_order_is_seen() -> None:
-    assert found(bundled(5, 4)) == ["order"]
+    assert found(bundled(3, 5, 4)) == ["order"]
 
 
 def test_two_events_of_an_aggregate_in_one_request_are_seen_if_they_are_in_no_bundle() -> None:
     """Centrifugo goes on after a failing command."""
-    assert found(bundled(4, 5, publications=())) == ["order"]
-    assert found(bundled(4, 5, publications=(0, 1))) == ["order"]
+    assert found(bundled(3, 4, 5, publications=())) == ["order"]
+    assert found(bundled(3, 4, 5, publications=(0, 0, 1))) == ["order"]
 
 
 def formed_anew() -> History:
@@ -487,40 +486,37 @@ def test_nothing_comes_again_where_versions_only_rise(step: int) -> None:
     assert "order" in found(history)
 
 
-def dropped() -> History:
-    """Version 3's gap was told, a person had the event itself sent again, and the map knew better."""
+def overtaken() -> History:
+    """Version 3 was lost on its way; version 4 came first, and then the map knew better."""
     history = rising()
     history.sent = [
         *history.sent[:2],
-        Sent(3.0, [("0-3", [CHANNEL], True), *sent(3, "1", "2").events], [[0]] * 3, executed_at=3.1, answered_at=3.2),
-        sent(3, "0", at=3.3, codes=(DROPPED,)),
-        *history.sent[3:],
+        sent(3, "1", "2"),
+        history.sent[3],
+        sent(3, "0", at=4.3, codes=(DROPPED,)),
+        history.sent[4],
     ]
-    history.heard[stream("0")][2] = gap(history.heard[stream("0")][2])
+    del history.heard[stream("0")][2]
     history.rows.superseded.add("0-3")
-    history.rows.settled_at["0-3"] = 3.6
+    history.rows.settled_at["0-3"] = 4.6
     return history
 
 
 def test_what_a_map_drops_is_superseded() -> None:
-    assert judge(dropped()) == Verdict([], [], 0)
+    assert judge(overtaken()) == Verdict([], [], 0)
 
 
-def test_what_a_map_cannot_have_dropped_is_lost() -> None:
-    """There was nothing newer when the event was settled, and no gap of it."""
-    history = dropped()
-    del history.heard[stream("0")][2]
-    history.sent = [each for each in history.sent if not any(told for _, _, told in each.events)]
-    history.sent = [*history.sent[:2], sent(3, "1", "2"), *history.sent[2:]]
+def test_only_what_a_map_knew_better_is_dropped() -> None:
+    """It knew nothing newer yet; the row says otherwise; a stream knows no versions."""
+    history = overtaken()
+    history.rows.settled_at["0-3"] = 4.05
     assert found(history) == ["loss", "order"]
-
-
-def test_what_a_stream_supersedes_by_itself_is_lost() -> None:
-    """A channel without versions drops nothing."""
-    history = dropped()
+    history = overtaken()
+    history.rows.superseded.clear()
+    assert found(history) == ["loss", "order"]
+    history = overtaken()
     history.rising = frozenset()
-    del history.heard[stream("0")][2]
-    assert "loss" in found(history)
+    assert found(history) == ["loss", "order"]
 
 
 def test_a_map_that_does_not_hold_what_it_told_is_stale() -> None:
@@ -544,6 +540,20 @@ def test_a_request_that_only_one_channel_accepted_is_repeated_for_the_other() ->
     assert found(history) == []
     history.sent = [*history.sent, replace(again, at=7.0, executed_at=7.1, answered_at=7.2)]
     assert found(history) == ["duplicates"]
+
+
+def test_order_is_of_a_channel() -> None:
+    """What is sent on another one only is not sent here."""
+    history = faultless()
+    other: Stream = ("order", "0"), "hist:2"
+    history.owed[other] = [COMMITTED[index("0", 5)]]
+    history.heard[other] = [COMMITTED[index("0", 5)]]
+    elsewhere = Sent(4.05, [("0-5", ["hist:2"], False)], [[0]], executed_at=4.1, answered_at=4.2)
+    history.sent = [*history.sent[:4], elsewhere, *history.sent[4:]]
+    assert found(history) == []
+    here = Sent(4.05, [("0-5", [CHANNEL], False)], [[0]], executed_at=4.1, answered_at=4.2)
+    history.sent = [*history.sent[:4], here, elsewhere, sent(5, "1", "2")]
+    assert found(history) == ["order"]
 
 
 @pytest.mark.parametrize("seed", range(20))

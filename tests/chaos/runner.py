@@ -33,6 +33,8 @@ CALM: Final = 4.0
 """Seconds without faults at the beginning: nothing may be repeated in them."""
 HEALED_IN: Final = 30.0
 """Seconds after the last fault in which everything must have ended."""
+OVERLOADED: Final = 6.0
+"""Processes that want to run, for each core, with which nothing can be said about how long something takes."""
 
 IN_CI: Final = os.environ.get("CI") == "true"
 """Nothing is left out there."""
@@ -229,6 +231,8 @@ def _heal(world: World, patience: float) -> Left:
             break
         time.sleep(0.1)
     left.seconds = patience - (deadline - time.monotonic())
+    if left.violations and os.getloadavg()[0] > OVERLOADED * (os.cpu_count() or 1):
+        raise VoidRunError(f"others keep this machine from healing anything: its load is {os.getloadavg()[0]:.0f}")
     left.measure_processes(world)
     return left
 

@@ -18,7 +18,6 @@ LONGEST: Final = 60.0
 """Seconds that no fault lasts."""
 DROPPED: Final = -1
 """In place of an error's code: Centrifugo has that version of the object in its map channel, or a newer one."""
-_TAKEN: Final = (0, DROPPED)
 
 Aggregate = tuple[str, str]
 Stream = tuple[Aggregate, str]
@@ -255,7 +254,7 @@ def judge_stream(
             anywhere, last = False, place - 1
         missed = before[place] - before[last + 1] if place > last else 0
         if missed and swallowed:
-            missed -= sum(p in seen and owed[p].key in swallowed for p in range(last + 1, place))
+            missed -= sum(owed[between].key in swallowed for between in range(last + 1, place))
         if missed > 0 and fact.key not in doubtful:
             found.append(f"order: {fact} arrived {missed} event(s) too early")
         elif place < last and otherwise and not delivery.gap and not holes and fact.key not in sound:
@@ -271,7 +270,7 @@ def judge_stream(
             if place not in seen and fact.key not in excused
         ]
         newer = [place for place in range(last + 1, len(owed)) if before[place + 1] > before[place]]
-        if seen and any(place not in seen or owed[place].key not in swallowed for place in newer):
+        if seen and any(owed[place].key not in swallowed for place in newer):
             found.append(f"stale: {owed[last].aggregate} ended at {owed[last]} though {owed[newer[-1]]} is newer")
     return Judged(found, duplicates, surfaced)
 
@@ -298,7 +297,7 @@ def bill(history: History) -> tuple[list[Bill], list[str]]:
         again: dict[str, float] = {}
         for (key, channels, gap), codes in zip(request.events, request.codes, strict=False):
             for channel, code in zip(channels, codes, strict=True):
-                if code in _TAKEN:
+                if not code:
                     before = last_sent.get((key, gap, channel))
                     last_sent[key, gap, channel] = request.at
                     if before is not None and key not in history.asked:
@@ -338,28 +337,25 @@ def _excused(history: History) -> ExcusedOn:
     """Which events nobody need have heard of in a stream.
 
     Beside `Rows.excused` they are those in whose place something newer was accepted there, before they were settled:
-    a later snapshot or tombstone, of which the relay was told; or, where Centrifugo keeps versions, anything that is
-    not older. The row says that they are superseded, or they were accepted on another one of their channels.
+    a later snapshot or tombstone, of which the relay was told; or, where Centrifugo keeps versions, anything newer. The
+    row says that they are superseded, or they were accepted on another one of their channels.
     """
     told: dict[tuple[str, str], float] = {}  # by event and channel: when a relay first knew of its acceptance
-    executed: dict[tuple[str, str, bool], float] = {}  # the same, or its gap's: when Centrifugo accepted it
+    executed: dict[tuple[str, str], float] = {}  # the same: when Centrifugo accepted it
     accepted: set[str] = set()
     never = float("inf")
-    conflated = {
-        stream[0] for stream, facts in history.owed.items() if any(fact.key in history.covers for fact in facts)
-    }
+    conflated = {stream[0] for stream, facts in history.owed.items() if any(f.key in history.covers for f in facts)}
     streams = [stream for stream in history.owed if stream[0] in conflated or stream[1] in history.rising]
     concerned = {fact.key for stream in streams for fact in history.owed[stream]}
     for request in history.sent:
         for (key, channels, gap), codes in zip(request.events, request.codes, strict=False):
-            if key not in concerned:
+            if key not in concerned or gap:
                 continue
             for channel, code in zip(channels, codes, strict=True):
                 if not code:
                     accepted.add(key)
-                    at = executed.get((key, channel, gap), never)
-                    executed[key, channel, gap] = min(at, request.executed_at)
-                    if request.answered_at is not None and not gap:
+                    executed[key, channel] = min(executed.get((key, channel), never), request.executed_at)
+                    if request.answered_at is not None:
                         told[key, channel] = min(told.get((key, channel), never), request.answered_at)
     also: dict[Stream, set[str]] = {}
     for stream in streams:
@@ -368,12 +364,12 @@ def _excused(history: History) -> ExcusedOn:
         for fact in reversed(history.owed[stream]):
             key, at = fact.key, history.rows.settled_at.get(fact.key, 0.0)
             superseded = key in history.rows.superseded
-            known = min(overtaken, executed.get((key, channel, True), never)) if channel in history.rising else never
-            if (covered <= at and (superseded or key in accepted)) or (known <= at and superseded):
+            if (covered <= at and (superseded or key in accepted)) or (overtaken <= at and superseded):
                 also.setdefault(stream, set(history.rows.excused)).add(key)
             if key in history.covers:
                 covered = min(covered, told.get((key, channel), never))
-            overtaken = min(overtaken, executed.get((key, channel, False), never), known)
+            if channel in history.rising:
+                overtaken = min(overtaken, executed.get((key, channel), never))
     return lambda stream: also.get(stream, history.rows.excused)
 
 
@@ -382,7 +378,7 @@ def _published(history: History, excused: ExcusedOn) -> Iterable[str]:
     accepted: dict[str, set[str]] = defaultdict(set)
     for request in history.sent:
         for (key, channels, _), codes in zip(request.events, request.codes, strict=False):
-            accepted[key].update(channel for channel, code in zip(channels, codes, strict=True) if code in _TAKEN)
+            accepted[key].update(channel for channel, code in zip(channels, codes, strict=True) if not code)
     for stream, facts in history.owed.items():
         channel, needless = stream[1], excused(stream)
         for fact in facts:
@@ -391,24 +387,21 @@ def _published(history: History, excused: ExcusedOn) -> Iterable[str]:
 
 
 def _in_doubt(history: History) -> set[str]:
-    """Those of `covers` that may not have ended what is older: no relay knew, or could write down, that they had.
+    """Those of `covers` that a fault met before they were settled.
 
-    They were refused somewhere, or not answered; or a fault struck before they were settled. Then what they were to
-    stand in for may be sent after all, where it is read without them.
+    It may be that no relay knew, or could write down, that they had been accepted. Then what they were to stand in for
+    may be sent after all, where it is read without them.
     """
     found: set[str] = set()
-    strikes = sorted((fault.at, fault.healed) for fault in history.faults)
-    times = [at for at, _ in strikes]
+    faults = sorted((fault.at, fault.healed) for fault in history.faults)
+    strikes = [at for at, _ in faults]
     for request in history.sent:
-        for number, (key, _, _) in enumerate(request.events):
-            if key not in history.covers:
-                continue
-            codes = request.codes[number] if request.codes else ()
-            settled_at = history.rows.settled_at.get(key, request.executed_at)
-            earlier = range(bisect_left(times, settled_at) - 1, -1, -1)
-            met = any(strikes[n][1] >= request.at for n in earlier if times[n] > request.at - LONGEST)
-            if met or not codes or request.answered_at is None or any(code not in _TAKEN for code in codes):
-                found.add(key)
+        for key, _, _ in request.events:
+            if key in history.covers and key not in found:
+                settled_at = history.rows.settled_at.get(key, request.executed_at)
+                meant = range(bisect_right(strikes, request.at - LONGEST), bisect_left(strikes, settled_at))
+                if any(faults[number][1] >= request.at for number in meant):
+                    found.add(key)
     return found
 
 
@@ -458,7 +451,7 @@ def _sent_in_order(history: History, excused: ExcusedOn, doubtful: Container[str
             answered = history.sent[answers[told][1]]
             told += 1
             for (key, channels, _), codes in zip(answered.events, answered.codes, strict=False):
-                accepted.update((key, channel) for channel, code in zip(channels, codes, strict=True) if code in _TAKEN)
+                accepted.update((key, channel) for channel, code in zip(channels, codes, strict=True) if not code)
         before: set[tuple[int, str, str]] = set()  # what is in this request so far: its publication, itself, a channel
         for number, (key, channels, _) in enumerate(request.events):
             publication = request.publications[number] if request.publications else number
