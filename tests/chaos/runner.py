@@ -116,6 +116,9 @@ def run(stage: Stage, seconds: float, seed: str, rate: float, folder: Path) -> R
         healed = time.time()
         world.stop_writers()
         left = _heal(world, stage.patience)
+        load = os.getloadavg()[0]
+        if left.violations and stage.command is RELAY and load > OVERLOADED * (os.cpu_count() or 1):
+            raise VoidRunError(f"the machine has no time to heal anything, its load is {load:.0f}: {left.violations}")
         _say(f"healed after {left.seconds:.1f} s {left.violations or ''}")
         _let_the_witness_finish(world)
         held = maps.read_back(world.centrifugo, folder / "witness.jsonl", whole=stage.whole)
@@ -231,8 +234,6 @@ def _heal(world: World, patience: float) -> Left:
             break
         time.sleep(0.1)
     left.seconds = patience - (deadline - time.monotonic())
-    if left.violations and os.getloadavg()[0] > OVERLOADED * (os.cpu_count() or 1):
-        raise VoidRunError(f"others keep this machine from healing anything: its load is {os.getloadavg()[0]:.0f}")
     left.measure_processes(world)
     return left
 
