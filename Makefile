@@ -82,6 +82,10 @@ chaos: setup debian ## Strike the relay with every fault and judge it (MINUTES=2
 	@.venv/bin/python -m tests.chaos $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) \
 		$(if $(RECORD),--record) $(ARGS)
 
+.PHONY: board-faults
+board-faults: setup debian ## Do every harm to the board in Chromium, write docs/live-pages-evidence.md (ROUNDS=20)
+	@.venv/bin/python -m tests.board $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
+
 .PHONY: check
 check: $(STAMP) ## Pins, formatter, linter, types, import contract, licences
 	.venv/bin/uv pip check --python .venv/bin/python

@@ -16,13 +16,18 @@ TIMEOUT: Final = 30.0
 class Gateway:
     """Serves 127.0.0.1 from the start of the `with` block to its end; `url` is the API's base for the relay.
 
-    While `delay` is set, requests reach Centrifugo that many seconds late. While `repeat` is set, each of them reaches
-    it once more, that many seconds after it was answered: under no idempotency key, or Centrifugo would drop the copy.
+    While `open` is not set, requests wait, also those that the relay has given up. While `repeat` is set, each of them
+    reaches Centrifugo once more, that many seconds after it was answered: under no idempotency key, or Centrifugo would
+    drop the copy. `held` and `repeated` count requests.
     """
 
     def __init__(self, upstream: str) -> None:
-        self.delay = 0.0
+        self.open = threading.Event()
+        self.open.set()
         self.repeat = 0.0
+        self.held = 0
+        self.repeated = 0
+        self._copies: list[threading.Thread] = []
         self._upstream = urlsplit(upstream)
         self._closing = threading.Event()
         gateway = self
@@ -32,20 +37,20 @@ class Gateway:
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                gateway._closing.wait(gateway.delay)
+                gateway.held += not gateway.open.is_set()
+                gateway.open.wait()
                 headers = {"X-API-Key": self.headers["X-API-Key"] or "", "Content-Type": "application/json"}
                 try:
                     status, answer = gateway._forward(self.path, body, headers)
+                    self.send_response(status)
+                    self.send_header("Content-Length", str(len(answer)))
+                    self.end_headers()
+                    self.wfile.write(answer)
                 except (OSError, HTTPException):
-                    self.close_connection = True  # as if Centrifugo itself had gone
+                    self.close_connection = True  # Centrifugo has gone, or the relay has
                     return
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(answer)))
-                self.end_headers()
-                self.wfile.write(answer)
                 if gateway.repeat and self.path.endswith("/batch"):
-                    copy = gateway._copy_later, (self.path, body, headers, gateway.repeat)
-                    threading.Thread(target=copy[0], args=copy[1], daemon=True).start()
+                    gateway._copy_later(self.path, body, headers)
 
             def log_message(self, *_args: Any) -> None:
                 pass
@@ -62,8 +67,14 @@ class Gateway:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._closing.set()
+        self.open.set()
         self._server.shutdown()
         self._server.server_close()
+
+    def wait_repeated(self) -> None:
+        """Return once every copy that is due has been sent."""
+        while self._copies:
+            self._copies.pop().join()
 
     def _forward(self, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
         connection = HTTPConnection(self._upstream.hostname or "", self._upstream.port, timeout=TIMEOUT)
@@ -74,7 +85,12 @@ class Gateway:
         finally:
             connection.close()
 
-    def _copy_later(self, path: str, body: bytes, headers: dict[str, str], seconds: float) -> None:
+    def _copy_later(self, path: str, body: bytes, headers: dict[str, str]) -> None:
+        copy = threading.Thread(target=self._copy, args=(path, body, headers, self.repeat), daemon=True)
+        self._copies.append(copy)
+        copy.start()
+
+    def _copy(self, path: str, body: bytes, headers: dict[str, str], seconds: float) -> None:
         batch = json.loads(body)
         for command in batch["commands"]:
             for request in command.values():
@@ -83,5 +99,6 @@ class Gateway:
             return
         try:
             self._forward(path, json.dumps(batch).encode(), headers)
+            self.repeated += 1
         except (OSError, HTTPException):
             return  # Centrifugo is being killed: the copy is lost with it

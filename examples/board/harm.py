@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -51,12 +52,15 @@ class Harm(NamedTuple):
 class Playground:
     """PostgreSQL, Centrifugo, two relays behind a gateway, and somebody who changes cards, in a `with` block.
 
-    `tell` hears of everything that is done to them. Raises EmbeddedError if one of them cannot be started.
+    `tell` hears of everything that is done to them. Whoever holds `life` keeps that somebody from changing anything.
+    `healed` is when the last harm was over, in seconds of `time.time()`. Raises EmbeddedError if a server or a relay
+    cannot be started.
     """
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self.stage = Stage(tell, front=self._front, settings=SETTINGS, config=CONFIG)
-        self.lively = threading.Event()
+        self.life = threading.Lock()
+        self.healed = 0.0
         self._tell = tell
         self._closing = threading.Event()
         self._busy = threading.Lock()
@@ -70,7 +74,6 @@ class Playground:
             self._backup = self._cards()
             cleanup.callback(self._closing.set)
             threading.Thread(target=self._live, name="life", daemon=True).start()
-            self.lively.set()
             self._cleanup = cleanup.pop_all()
         return self
 
@@ -84,10 +87,11 @@ class Playground:
         return self.stage.engine
 
     def harm(self, name: str) -> None:
-        """Do one of HARM. One at a time: a second one waits."""
+        """Do one of HARM, and return once it is over. One at a time: a second one waits."""
         with self._busy:
             self._tell(f"board: {HARM[name].label}")
             HARM[name].do(self)
+            self.healed = time.time()
 
     def _front(self, api_url: str) -> Gateway:
         self.gateway = Gateway(api_url)
@@ -95,7 +99,7 @@ class Playground:
 
     def _live(self) -> None:
         while not self._closing.wait(LIFE):
-            if self.lively.is_set():
+            with self.life:
                 advance(self.engine, str(random.randint(1, len(TITLES))))  # noqa: S311
 
     def _cards(self) -> list[dict[str, Any]]:
@@ -105,21 +109,27 @@ class Playground:
     # Harm
 
     def delay(self) -> None:
-        """For 5 s everything reaches Centrifugo a second late."""
-        self.gateway.delay = 1.0
-        threading.Timer(SECONDS, setattr, (self.gateway, "delay", 0.0)).start()
+        """Nothing reaches Centrifugo for 5 s; then everything does, also what a relay gave up waiting for."""
+        self.gateway.open.clear()
+        self._closing.wait(SECONDS)
+        self.gateway.open.set()
 
     def repeat(self) -> None:
         """For 5 s everything is published a second time, 5 s later, after what has changed in the meantime."""
         self.gateway.repeat = SECONDS
-        threading.Timer(SECONDS, setattr, (self.gateway, "repeat", 0.0)).start()
+        self._closing.wait(SECONDS)
+        self.gateway.repeat = 0.0
+        self.gateway.wait_repeated()
 
     def kill_relay(self) -> None:
-        for number in range(len(self.stage.relays)):
+        numbers = range(len(self.stage.relays))
+        for number in numbers:
             self.stage.kill_relay(number)
         self._closing.wait(1.0)
-        for number in range(len(self.stage.relays)):
+        for number in numbers:
             self.stage.start_relay(number)
+        for number in numbers:
+            self.stage.relays[number].wait_started()
 
     def kill_centrifugo(self) -> None:
         self.stage.kill_centrifugo()
@@ -148,9 +158,10 @@ class Playground:
 
     def recreate(self) -> None:
         """Delete a card and make it anew, twice."""
-        for _ in range(2):
-            remove(self.engine, "1")
-            advance(self.engine, "1")
+        with self.life:  # which would make it anew as well
+            for _ in range(2):
+                remove(self.engine, "1")
+                advance(self.engine, "1")
 
     def restore(self) -> None:
         """The cards as they were at the start, with the versions that they had; then what an operator does about it."""
@@ -162,7 +173,7 @@ class Playground:
 
 
 HARM: Final[dict[str, Harm]] = {
-    "delay": Harm("Delay everything for 5 s", Playground.delay),
+    "delay": Harm("Hold everything back for 5 s", Playground.delay),
     "repeat": Harm("Repeat everything 5 s later", Playground.repeat),
     "kill-relay": Harm("Kill both relays", Playground.kill_relay),
     "kill-centrifugo": Harm("Kill Centrifugo with its memory", Playground.kill_centrifugo),

@@ -36,6 +36,7 @@ class Relay:
         self._folder = folder
         self._log = folder / f"{name}.log"
         self._process: Process | None = None
+        self._said_before = 0
 
     @property
     def pid(self) -> int | None:
@@ -51,6 +52,7 @@ class Relay:
         return f"{self.name} ended by itself: {tail(self._log, 1)}"
 
     def start(self) -> None:
+        self._said_before = self._log.stat().st_size if self._log.exists() else 0
         self._process = Process(
             [sys.executable, "-m", "outbox_relay", "run"],
             log=self._log,
@@ -60,9 +62,12 @@ class Relay:
         )
 
     def wait_started(self) -> None:
-        """Return once it works, after the first start. Raises EmbeddedError, with the end of its log."""
+        """Return once it works. Raises EmbeddedError, with the end of its log."""
         if self._process is not None:
-            self._process.wait_until(lambda: b"relay started" in self._log.read_bytes(), START_SECONDS, self.name)
+            self._process.wait_until(self._says_started, START_SECONDS, self.name)
+
+    def _says_started(self) -> bool:
+        return b"relay started" in self._log.read_bytes()[self._said_before :]
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Signal it and return once it has ended."""

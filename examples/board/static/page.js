@@ -17,8 +17,7 @@ const view = live(centrifuge, channel, {
   load,
   onChange: ({ objects, old, epoch }) => {
     $('page').ariaBusy = old;
-    $('page').dataset.epoch = epoch;
-    draw('page', new Map([...objects].map(([key, { data, version, old }]) => [key, { ...data, version, old }])));
+    draw('page', new Map([...objects].map(([key, { data, version, old }]) => [key, { ...data, version, old, epoch }])));
   },
 });
 centrifuge.connect();
@@ -35,6 +34,7 @@ function draw(list, cards) {
     const item = items.get(key) ?? newItem(list, key);
     if ($(list).children[position] !== item) $(list).insertBefore(item, $(list).children[position] ?? null);
     item.dataset.version = card.version;
+    item.dataset.epoch = card.epoch ?? '';
     item.classList.toggle('old', card.old === true);
     item.querySelector('span').textContent = `${card.title}: ${card.status}`;
     item.querySelector('small').textContent = `version ${card.version}`;
@@ -119,17 +119,24 @@ async function askForTheTruth() {
 }
 askForTheTruth();
 
-// A page without versions: it loads once, and shows what comes
+// A page without versions: it loads, and shows what comes
 
 const naive = new Map();
-const simple = new Centrifuge(websocket, { maxReconnectDelay: 500 });
+const simple = new Centrifuge(`${websocket}?naive`, { maxReconnectDelay: 500 }); // so that the network log says whose it is
 const subscription = simple.newSubscription(channel);
 subscription.on('publication', ({ data, tags }) => {
   if (tags.ob_kind === 'tombstone') naive.delete(tags.ob_id);
-  else if (tags.ob_kind !== 'gap') naive.set(tags.ob_id, data);
+  else if (tags.ob_kind !== 'gap') naive.set(tags.ob_id, { ...data, epoch: tags.ob_epoch });
   draw('naive', naive);
 });
-for (const card of (await load()).objects) naive.set(card.id, card);
+async function loadNaive() {
+  const { epoch, objects } = await load();
+  naive.clear();
+  for (const card of objects) naive.set(card.id, { ...card, epoch });
+  draw('naive', naive);
+}
+$('again').onclick = () => doing($('again'), loadNaive);
+await loadNaive();
 subscription.subscribe();
 simple.connect();
 
@@ -138,7 +145,11 @@ simple.connect();
 for (const [name, label] of Object.entries(await (await fetch('/harm')).json())) {
   const button = Object.assign(document.createElement('button'), { type: 'button', textContent: label });
   button.dataset.harm = name;
-  button.onclick = () => doing(button, () => fetch(`/harm/${name}`, { method: 'POST' }));
+  button.onclick = () =>
+    doing(button, async () => {
+      const answer = await fetch(`/harm/${name}`, { method: 'POST' });
+      if (!answer.ok) throw new Error(answer.statusText);
+    });
   $('harm').append(button);
 }
 
@@ -157,6 +168,8 @@ async function doing(button, harm) {
   try {
     await harm();
     say('done', `${button.textContent}: done.`);
+  } catch ({ message }) {
+    say('done', `${button.textContent}: failed, ${message}.`);
   } finally {
     button.disabled = false;
   }
