@@ -47,7 +47,7 @@ GRANT SELECT, UPDATE ON :"schema".outbox_lane TO :"relay";
 GRANT SELECT, INSERT, UPDATE, DELETE ON :"schema".outbox_hold TO :"relay";
 -- For `outbox-relay epoch`; the relay itself asks the function.
 GRANT SELECT, UPDATE ON :"schema".outbox_epoch TO :"relay";
-GRANT SELECT ON SEQUENCE :"schema".outbox_generation TO :"relay";
+GRANT SELECT ON SEQUENCE :"schema".outbox_generation, :"schema".outbox_id_seq TO :"relay";
 
 -- Absent where the application's own migrations made the tables.
 SELECT format('ALTER TABLE %I.outbox_relay_version OWNER TO %I; GRANT SELECT ON %I.outbox_relay_version TO %I',

@@ -25,6 +25,7 @@ _GRANTS: Final = {
     "outbox_hold": ("SELECT", "INSERT", "UPDATE", "DELETE"),
     "outbox_epoch": ("SELECT", "UPDATE"),
     "outbox_generation": ("SELECT",),
+    "outbox_id_seq": ("SELECT",),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import select
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, LiteralString
+from typing import Any, Final, LiteralString
 
 import psycopg
 from psycopg import sql
@@ -13,6 +13,16 @@ from psycopg import sql
 from outbox_relay.database import LANE, DatabaseUnavailableError, connect, one_line
 from outbox_relay.event import boottime
 from outbox_relay.wake_up import WakeUp
+
+_NAMES: Final = (
+    "outbox",
+    "outbox_lane",
+    "outbox_hold",
+    "outbox_epoch",
+    "outbox_generation",
+    "outbox_id_seq",
+    "outbox_state",
+)
 
 
 class Session:
@@ -47,8 +57,7 @@ class Session:
         self.wake_up = WakeUp(self._connection, self.table) if self.direct and wake_up else None
         # Whatever the schema is called, it is no placeholder.
         self._names: Mapping[str, Any] = {
-            name: sql.SQL(sql.Identifier(schema, name).as_string().replace("%", "%%"))
-            for name in ("outbox", "outbox_lane", "outbox_hold", "outbox_epoch", "outbox_generation", "outbox_state")
+            name: sql.SQL(sql.Identifier(schema, name).as_string().replace("%", "%%")) for name in _NAMES
         } | {"lane": sql.SQL(LANE)}
         self._sql: dict[str, bytes] = {}
 

@@ -4,9 +4,10 @@ While some snapshot is held open, a replica's or a backup's, PostgreSQL keeps wh
 the pending ones, and whoever reads it from its start walks over all of that, batch after batch.
 
 An id that is not there may still come: its transaction has not committed. But whoever may write such an event holds
-ROW EXCLUSIVE on the outbox from before its id is drawn until it ends. So: what was read shows that all lower ids are
-drawn; those who hold that lock then are waited for, and what is pending after that is all that will ever be. Whoever
-puts an event back draws from a sequence of its own while holding that lock: a hint from before that is void.
+ROW EXCLUSIVE on the outbox from before its id is drawn until it ends. So: some ids are known to be drawn; those who
+hold that lock then are waited for, and what is pending after that is all that will ever be of them. Whoever puts an
+event back draws from a sequence of its own while holding that lock: a hint from before that is void. So is every hint
+where sessions reserve ids ahead, whose lower ones may come at any time.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ GENERATION: Final = "(SELECT last_value + is_called::int FROM {outbox_generation
 START: Final = f"CASE WHEN {GENERATION} = %(generation)s THEN %(start)s ELSE 0 END"
 """Where to start, in any statement with the hint's `parameters`."""
 
-_GENERATION: Final = f"SELECT {GENERATION}"
+DRAWN: Final = "(SELECT last_value - 1 + is_called::int FROM {outbox_id_seq})"
+"""The highest id that is drawn, as a statement that is run anyway can learn it."""
+
+_STATE: Final = """
+SELECT {generation}, (
+    SELECT r.seqcache > 1 FROM {outbox_id_seq} AS s JOIN pg_sequence AS r ON r.seqrelid = s.tableoid)
+""".replace("{generation}", GENERATION)
 
 # A prepared transaction keeps its virtual id (until a restart, which ends this session), and has no pid.
 _WRITERS: Final = """
@@ -71,7 +78,7 @@ class StartHint:
         self._usable = usable
         self._start = 1
         self._generation = 0
-        self._read = 0
+        self._drawn = 0
         self._awaited: _Awaited | None = None
         self._renewed_at = 0.0
         self._pause = RENEW_EVERY / 32
@@ -80,19 +87,22 @@ class StartHint:
     def parameters(self) -> dict[str, int]:
         return {"start": self._start, "generation": self._generation}
 
-    def read(self, last_id: int) -> None:
-        """Take note of an event that was read."""
-        self._read = max(self._read, last_id)
+    def drawn(self, last_id: int) -> None:
+        """Take note that all ids up to this one are drawn: an event that has it was read, or its sequence says so."""
+        self._drawn = max(self._drawn, last_id)
 
     def renew(self) -> None:
-        """Raise the hint where that is safe and due: at most four times a second, while events are read."""
-        if not self._usable or self._start > self._read or boottime() - self._renewed_at < self._pause:
+        """Raise the hint where that is safe and due: at most four times a second, while ids are drawn."""
+        if not self._usable or self._start > self._drawn or boottime() - self._renewed_at < self._pause:
             return
         self._renewed_at = boottime()
         self._pause = min(RENEW_EVERY, 2 * self._pause)
-        generation = self._ask(_GENERATION)[0]
+        generation, reserved = self._ask(_STATE)
+        if reserved:
+            self._start, self._awaited = 1, None
+            return
         writers = frozenset(self._ask(_WRITERS, table=self._table)[0] or ())
-        latest = _Awaited(self._read + 1, generation, writers)
+        latest = _Awaited(self._drawn + 1, generation, writers)
         awaited = self._awaited if self._awaited and writers else latest
         if awaited.writers.isdisjoint(writers):
             oldest = self._ask(_OLDEST, **self.parameters)[0]

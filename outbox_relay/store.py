@@ -17,7 +17,7 @@ from psycopg import errors
 from outbox_relay.database import DatabaseUnavailableError, one_line
 from outbox_relay.event import Event, Hold, boottime
 from outbox_relay.outcome import SUPERSEDED, GivenUp, Held, Owed, Settlement
-from outbox_relay.start_hint import START, StartHint
+from outbox_relay.start_hint import DRAWN, START, StartHint
 from outbox_relay.upkeep import Upkeep
 
 SWEEP: Final = 10_000
@@ -257,8 +257,8 @@ WHERE lane = (SELECT lane FROM {outbox_lane} LIMIT 1 FOR NO KEY UPDATE SKIP LOCK
 # Cheap enough to ask many times a second: index probes.
 _IDLE: Final = """
 SELECT (SELECT true FROM {outbox} AS o WHERE o.id >= {start} AND o.state = 'pending' ORDER BY {lane}, o.id LIMIT 1)
-    OR (SELECT true FROM {outbox_hold} WHERE due_at <= statement_timestamp() ORDER BY due_at LIMIT 1)
-""".replace("{start}", START)
+    OR (SELECT true FROM {outbox_hold} WHERE due_at <= statement_timestamp() ORDER BY due_at LIMIT 1), {drawn}
+""".replace("{start}", START).replace("{drawn}", DRAWN)
 
 
 class Store(Upkeep):
@@ -304,7 +304,7 @@ class Store(Upkeep):
             _READ_PENDING, lanes=numbers, quota=quota, max_bytes=max_bytes, **self._hint.parameters
         ).fetchall()
         if rows:
-            self._hint.read(rows[-1][_ID])
+            self._hint.drawn(rows[-1][_ID])
         for row in rows:
             if row[_PAYLOAD] is None:
                 held.setdefault(row[_LANE], []).append(row[_ID])
@@ -388,15 +388,15 @@ class Store(Upkeep):
     def anything_to_do(self) -> bool:
         """Whether some event is pending or some hold is due: the question of an idle relay."""
         if not self.direct:
-            answer: bool | None = self.ask(_IDLE, **self._hint.parameters)[
-                0
-            ]  # a batch's settings come with a transaction alone
-            return answer is True
+            # A batch's settings come with a transaction alone.
+            return self.ask(_IDLE, **self._hint.parameters)[0] is True
         try:
             self._hint.renew()
-            return self.execute(_IDLE, **self._hint.parameters).fetchall()[0][0] is True
+            [(anything, drawn)] = self.execute(_IDLE, **self._hint.parameters).fetchall()
         except psycopg.Error as error:
             raise DatabaseUnavailableError(one_line(error)) from error
+        self._hint.drawn(drawn)
+        return anything is True
 
 
 def _hold(settlement: Settlement) -> tuple[str | None, str | None, Held] | None:

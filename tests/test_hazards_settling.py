@@ -153,7 +153,7 @@ class LostGrant(Patient):
         super().__init__(connection, sa.make_url(url).set(username=self.role).render_as_string(hide_password=False))
         self._grant("CREATE ROLE {role} LOGIN")
         self._grant("GRANT SELECT, UPDATE, DELETE ON outbox, outbox_lane TO {role}")
-        self._grant("GRANT SELECT ON SEQUENCE outbox_generation TO {role}")
+        self._grant("GRANT SELECT ON SEQUENCE outbox_generation, outbox_id_seq TO {role}")
         self._grant("GRANT SELECT, INSERT, UPDATE, DELETE ON outbox_hold TO {role}")
 
     def fall_ill(self) -> None:

@@ -193,3 +193,42 @@ def lane_of(connection: psycopg.Connection[tuple[int]], id_: int) -> int:
     ).fetchone()
     assert row is not None
     return row[0]
+
+
+def test_it_rises_over_what_another_relay_has_delivered(store: Store, connect: Connect, database_url: str) -> None:
+    """A relay that is idle looks again and again, and walks over nothing."""
+    writer = connect()
+    with closing(Store(database_url)) as other:
+        delivered = [write(writer, str(n)) for n in range(5)]
+        assert deliver(other) == delivered
+    raise_to(store, delivered[-1] + 1)
+
+
+def test_there_is_none_where_nothing_was_written_yet(store: Store, connect: Connect) -> None:
+    """A sequence that was never asked already says 1."""
+    raise_to(store, 1)
+    first = write(connect(), "1")
+    assert deliver(store) == [first]
+
+
+def test_there_is_none_while_sessions_reserve_ids(store: Store, connect: Connect) -> None:
+    """Such a session holds no lock, and its lower ids come later than the higher ones of others."""
+    connect().execute("ALTER SEQUENCE outbox_id_seq CACHE 10")
+    reserving, writer = connect(), connect()
+    write(reserving, "1")
+    high = write(writer, "2")
+    assert deliver(store)[-1] == high
+    raise_to(store, 1)
+    low = write(reserving, "3")
+    assert low < high
+    assert deliver(store) == [low]
+
+
+def test_it_is_void_once_sessions_reserve_ids(store: Store, connect: Connect) -> None:
+    writer = connect()
+    written = write(writer, "1")
+    assert deliver(store) == [written]
+    raise_to(store, written + 1)
+    writer.execute("ALTER SEQUENCE outbox_id_seq CACHE 10")
+    write(connect(), "2")
+    raise_to(store, 1)

@@ -6,6 +6,10 @@ base of the buffers, which no writer disturbs, is one that commits 5,000 events 
 higher one there, so that 100,000 pending (row `base-100k`) stand beside it.
 
 Of each outbox only the first events are drained, so that no case ends in batches that are not full.
+
+While a snapshot is held what is settled stays in the index of the pending events. A relay that is at work, as it is
+where a backup begins, walks over it once a quarter of a second at most; a new one (rows `snapshot-new`) walks over all
+of it at its start.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from bench.bulk import Stretch, append, fill, make_tables
 from bench.drain import lanes_locked, wait_for_workers
 from bench.explain import claiming, explained
 from bench.harness import Mode, Row, Sample, Scenario, WrongRunError
+from bench.open_loop import wait_until_delivered
 from bench.outboxes import Copied, Fed, Outbox, Refilled, Standing, in_background, write_steadily
 from bench.sides import OurRelay
 from bench.witness import Witness
@@ -41,6 +46,7 @@ EXPLAINED: Final = 20_000
 
 CHURN_RATE: Final = 2_500
 """Events per second while the snapshot grows old, before anything is measured."""
+WORK_SECONDS: Final = 2.0
 REFUSED: Final = Stretch("refused", 100, 100, namespace="nowhere")
 """Events of a namespace that Centrifugo does not know: with every try a hold is written anew."""
 CHURN_SETTINGS: Final = {"backoff_max": 1, "log_level": "error"}
@@ -65,6 +71,8 @@ class Case:
     settings: Mapping[str, object] = field(default_factory=dict)
     mid_stream: bool = False
     """Whether the events are not the first ones of their aggregates."""
+    at_work: Refilled | None = None
+    """The outbox, where the relay has delivered some of its events before those that are measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +108,8 @@ class Flat:
             cases.append(bed.pending(sizes))
         else:
             with bed.snapshot(sizes, stack) as snapshot:
-                cases += [bed.pending(sizes), bed.kept(sizes), snapshot]
+                new = replace(snapshot, key="snapshot-new", title=f"{snapshot.title}, by a new relay", at_work=None)
+                cases += [bed.pending(sizes), bed.kept(sizes), snapshot, new]
         yield [bed.drain(case, sizes.drained) for case in (base, fed, *cases)]
         yield [bed.claims(case, mode) for case in (replace(fed, key="base"), replace(base, key="base-100k"), *cases)]
 
@@ -163,7 +172,7 @@ class _Bed:
             OurRelay(outbox.url, centrifugo, CHURN_SETTINGS),
             in_background(lambda enough: write_steadily(outbox, CHURN_RATE, enough)),
         ):
-            yield Case("snapshot", title, outbox, holding, CHURN_SETTINGS, mid_stream=True)
+            yield Case("snapshot", title, outbox, holding, CHURN_SETTINGS, mid_stream=True, at_work=outbox)
             time.sleep(max(0.0, started + sizes.snapshot_seconds - time.monotonic()))
         with psycopg.connect(outbox.url) as reader:
             if reader.execute("SELECT count(*) FROM outbox_hold").fetchone() != (REFUSED.events,):
@@ -172,13 +181,21 @@ class _Bed:
     def drain(self, case: Case, events: int) -> Row:
         def measure() -> Sample:
             with (
-                case.outbox.open(events) as url,
+                case.outbox.open(0 if case.at_work else events) as url,
                 stage.centrifugo(self._centrifugo) as centrifugo,
-                _witness(case, centrifugo, events) as witness,
-                OurRelay(url, centrifugo, case.settings) as relay,
+                ExitStack() as stack,
             ):
+                relay = OurRelay(url, centrifugo, case.settings)
+                if case.at_work:
+                    stack.enter_context(relay)
+                    _work(case.at_work)
+                witness = stack.enter_context(_witness(case, centrifugo, events))
                 with lanes_locked(url):
-                    wait_for_workers(url, Settings.workers)
+                    if case.at_work:
+                        _add(case.at_work, events)
+                    else:
+                        stack.enter_context(relay)
+                        wait_for_workers(url, Settings.workers)
                 seen = witness.wait()
                 peak = stage.peak_resident(*relay.pids)
             return Sample(seen.rate, {"peak RSS, MB": peak / 1e6})
@@ -187,13 +204,21 @@ class _Bed:
 
     def claims(self, case: Case, mode: Mode) -> Row:
         def measure() -> Sample:
-            offset = self._server.log_path.stat().st_size
             with (
-                case.outbox.open(EXPLAINED) as url,
+                case.outbox.open(0 if case.at_work else EXPLAINED) as url,
                 stage.centrifugo(self._centrifugo) as centrifugo,
-                _witness(case, centrifugo, EXPLAINED) as witness,
-                OurRelay(explained(url), centrifugo, case.settings),
+                ExitStack() as stack,
             ):
+                relay = OurRelay(explained(url), centrifugo, case.settings)
+                if case.at_work:
+                    stack.enter_context(relay)
+                    _work(case.at_work)
+                witness = stack.enter_context(_witness(case, centrifugo, EXPLAINED))
+                offset = self._server.log_path.stat().st_size
+                if case.at_work:
+                    _add(case.at_work, EXPLAINED)
+                else:
+                    stack.enter_context(relay)
                 witness.wait()
             found = claiming(self._server.log_path, offset)
             return Sample(found.per_event, {"buffers": found.buffers, "claimed events": found.events})
@@ -210,6 +235,18 @@ class _Bed:
                     connection.execute(then)
 
         return stage.template(self._server, name, fill_and_finish)
+
+
+def _work(outbox: Refilled) -> None:
+    """Let the relay that is there deliver events for a while, and return when none is left."""
+    with in_background(lambda enough: write_steadily(outbox, CHURN_RATE, enough)):
+        time.sleep(WORK_SECONDS)
+    wait_until_delivered(outbox.url, BASE.channels())
+
+
+def _add(outbox: Refilled, events: int) -> None:
+    with psycopg.connect(outbox.url) as connection:
+        outbox.add(connection, events)
 
 
 def _witness(case: Case, centrifugo: Centrifugo, events: int) -> Witness:
