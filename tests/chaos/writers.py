@@ -54,7 +54,12 @@ RETURNING event_id::text, aggregate_id, version, id
 """
 
 BACKLOG: Final = 5_000
-_PENDING: Final = "SELECT count(*) FROM (SELECT FROM outbox WHERE state = 'pending' LIMIT %s) AS x"
+HOT_BACKLOG: Final = 100
+"""The same of the one thing that changes all the time: its events need a request each."""
+_PENDING: Final = """
+SELECT count(*), count(*) FILTER (WHERE aggregate_id = 'hot-0')
+FROM (SELECT aggregate_id FROM outbox WHERE state = 'pending' LIMIT %s) AS x
+"""
 
 
 class Group(NamedTuple):
@@ -84,7 +89,7 @@ GROUPS: Final = (
     Group("nowhere", 3, lambda _: ["nowhere:x"]),
     Group("refused", 10, lambda _: ["hist:refused"]),
     Group("state", 12, lambda n: (["hist:c0"], ["hist:c0", "hist:c1"], ["map:0", "hist:c1"])[n % 3], CONFLATED),
-    Group("packed", 12, lambda n: (["bundle:0"], ["bundle:0", "bundle:1"], ["bundle:1", "hist:p"])[n % 3]),
+    Group("packed", 30, lambda n: (["bundle:0"], ["bundle:0", "bundle:1"], ["bundle:1", "hist:p"])[n % 3]),
     Group("mapped", 30, lambda n: (["map:0"], ["map:1"], ["map:1", "hist:m"])[n % 3]),
     Group("alone", 8, lambda n: [f"one:{n}", "hist:a"][: n % 2 + 1]),
 )
@@ -107,7 +112,9 @@ class Brake:
 
     def __init__(self, database_url: str, stopping: threading.Event) -> None:
         self.off = threading.Event()
-        self.off.set()
+        self.hot_off = threading.Event()
+        for each in (self.off, self.hot_off):
+            each.set()
         self._database_url = database_url
         self._stopping = stopping
 
@@ -115,8 +122,9 @@ class Brake:
         while not self._stopping.is_set():
             with contextlib.suppress(psycopg.Error), psycopg.connect(self._database_url, autocommit=True) as connection:
                 while not self._stopping.wait(0.2):
-                    [(pending,)] = connection.execute(_PENDING, (BACKLOG,)).fetchall()
+                    [(pending, of_hot)] = connection.execute(_PENDING, (BACKLOG,)).fetchall()
                     (self.off.set if pending < BACKLOG else self.off.clear)()
+                    (self.hot_off.set if of_hot < HOT_BACKLOG else self.hot_off.clear)()
             self._stopping.wait(0.2)
 
 
@@ -137,7 +145,7 @@ class Application:
     def run(self, transaction: Callable[[Application], None], stopping: threading.Event) -> None:
         due = time.monotonic()
         while not stopping.wait(max(0.0, due - time.monotonic())):
-            if not self._brake.off.wait(0.2):
+            if not (self._brake.hot_off if transaction is hot else self._brake.off).wait(0.2):
                 continue
             with contextlib.suppress(psycopg.Error):
                 if self._connection is None or self._connection.closed:
@@ -275,12 +283,12 @@ def states(app: Application) -> None:
 def packed(app: Application) -> None:
     """Many changes of a few things: they travel in bundles, and now and then one of them is refused for ever."""
     for _ in range(app.chance.randint(1, 20)):
-        app.change("packed", app.chance.sample(range(12), 4), _payload(app.chance))
+        app.change("packed", app.chance.sample(range(30), 4), _payload(app.chance))
     match app.chance.randrange(40):
         case 0:
-            app.change("packed", [app.chance.randrange(12)], TOO_DEEP)
+            app.change("packed", [app.chance.randrange(30)], TOO_DEEP)
         case 1 | 2:
-            app.change("packed", [app.chance.randrange(12)], json.dumps(REFUSED))
+            app.change("packed", [app.chance.randrange(30)], json.dumps(REFUSED))
 
 
 def versioned(app: Application) -> None:
@@ -298,7 +306,7 @@ def pulse(app: Application) -> None:
 
 def shaped_pulse(app: Application) -> None:
     """The same in other namespaces."""
-    for group, size in (("packed", 12), ("mapped", 30), ("alone", 8)):
+    for group, size in (("packed", 30), ("mapped", 30), ("alone", 8)):
         app.change(group, app.chance.sample(range(size), 2), kind="snapshot")
 
 
