@@ -221,14 +221,14 @@ def _heal(world: World, patience: float) -> Left:
     with world.database() as connection:
         [(last,)] = connection.execute("SELECT max(id) FROM outbox").fetchall()
     world.start_pulse()
-    pulsing = True
+    while time.monotonic() < deadline - 1.0:
+        with world.database() as connection:
+            if not connection.execute(_UNFINISHED, (last,)).fetchall():
+                break
+        time.sleep(0.1)
+    world.stop_writers()
     while True:
         with world.database() as connection:
-            if pulsing and (
-                time.monotonic() > deadline - 1.0 or not connection.execute(_UNFINISHED, (last,)).fetchall()
-            ):
-                world.stop_writers()
-                pulsing = False
             left.measure_database(connection, world)
         if not left.violations or time.monotonic() > deadline:
             break
