@@ -6,12 +6,14 @@ import itertools
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from tests.chaos import relay_faults
 from tests.chaos.fault import Fault, schedule
+from tests.chaos.measure import Strike, Waiting, recovery
 from tests.chaos.runner import STAGES, Result, Stage, run
 
 RATE = 600.0
@@ -64,6 +66,56 @@ def test_a_seed_decides_the_schedule(stage: Stage) -> None:
     assert first == again != other
     assert {appointment.fault.kind for appointment in first} == {fault.kind for fault in stage.faults}
     assert all(earlier.at < later.at < 300 for earlier, later in itertools.pairwise(first))
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_what_strikes_alone_is_left_alone_as_long_as_is_promised(stage: Stage) -> None:
+    """Else only recoveries shorter than the pause to the next fault would ever be measured."""
+    appointments = schedule(stage.faults, 900, "1")
+    alone = [each for each in appointments if each.alone]
+    assert {each.fault.kind for each in alone} == {fault.kind for fault in stage.faults if fault.within}
+    for each in alone:
+        until = each.at + each.fault.within + (0 if each.fault.from_strike else each.seconds)
+        for other in appointments:
+            meanwhile = other is not each and other.at < until and other.at + other.seconds > each.at
+            assert not meanwhile or other.fault.quiet, f"{other} while {each}"
+
+
+KILLED = Fault("killed", lambda *_: nullcontext(), from_strike=True, within=1.0)
+STOPPED = Fault("stopped", lambda *_: nullcontext(), within=1.0)
+SLOW = Fault("slow", lambda *_: nullcontext())
+WAITING = Waiting({"a": 9.0, "b": 9.9, "later": 10.5}, {"a": 9.5, "b": 10.8, "later": 99.0})
+
+
+@pytest.mark.parametrize(
+    ("strike", "seconds"),
+    [
+        (Strike(KILLED, 10.0, 10.0, 12.0, alone=True), 0.8),
+        (Strike(STOPPED, 10.0, 10.1, 10.3, alone=True), 0.5),
+        (Strike(STOPPED, 10.0, 10.1, 11.5, alone=True), 0.0),
+        (Strike(SLOW, 10.0, 10.0, 10.3), 0.5),
+        # Promised, and not alone.
+        (Strike(KILLED, 10.0, 10.0, 12.0), None),
+        # It takes longer than is promised.
+        (Strike(KILLED, 10.9, 10.9, 12.0, alone=True), 88.1),
+        # Nothing waits.
+        (Strike(KILLED, 9.6, 9.6, 9.6, alone=True), None),
+    ],
+)
+def test_recovery_is_until_all_that_waited_is_settled(strike: Strike, seconds: float | None) -> None:
+    found = recovery(strike, [strike], WAITING, end=1000.0)
+    assert found == (None if seconds is None else pytest.approx(seconds))
+
+
+def test_what_disturbs_a_recovery_excuses_it_only_within_what_is_promised() -> None:
+    killed = Strike(KILLED, 10.0, 10.0, 10.0, alone=True)
+    slow = Waiting({"a": 9.0}, {"a": 14.0})
+    for at, seconds in ((10.9, None), (11.1, 4.0)):
+        assert recovery(killed, [killed, Strike(SLOW, at, at, at + 1)], slow, end=1000.0) == seconds
+    assert recovery(killed, [killed], slow, end=10.5) is None
+    stopped = Strike(STOPPED, 10.0, 10.1, 11.5, alone=True)
+    assert recovery(stopped, [stopped, Strike(SLOW, 11.0, 11.0, 11.2)], WAITING, end=1000.0) is None
+    assert recovery(killed, [killed], slow, end=11.5) == 4.0
 
 
 def test_no_kind_has_two_names() -> None:
