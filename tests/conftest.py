@@ -263,6 +263,7 @@ def make_relay(database_url: str, centrifugo: Centrifugo, relay_options: Options
         server: Centrifugo | None = None,
     ) -> Relay:
         target = server or centrifugo
+        chosen = options or relay_options
         return Relay(
             lambda: Store(
                 database_url or own_database_url,
@@ -271,9 +272,13 @@ def make_relay(database_url: str, centrifugo: Centrifugo, relay_options: Options
                 batch_time=batch_time,
             ),
             lambda: Publisher(
-                api_url or target.api_url, api_key or target.api_key, timeout=request_timeout, parallel=parallel
+                api_url or target.api_url,
+                api_key or target.api_key,
+                timeout=request_timeout,
+                parallel=parallel,
+                wires=chosen.wires,
             ),
-            options or relay_options,
+            chosen,
         )
 
     return make

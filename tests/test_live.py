@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from outbox_relay.embedded.centrifugo import Centrifugo
-from tests.conftest import RunRelay
+from outbox_relay.packing import Wire
+from outbox_relay.relay import Options
+from tests.conftest import Connect, RunRelay
 from tests.support.pages import NodePage, OpenPage, Page, PythonPage, let_close
-from tests.support.shop import Shop, Website
+from tests.support.shop import Order, Shop, Website
+from tests.support.subscriber import Subscriber
 from tests.support.waiting import PATIENCE, wait_until
 from tests.test_readme import examples
 
@@ -63,6 +67,51 @@ def test_shows_what_the_database_has(
         run_relay()
         wait_for_truth(page, shop)
         assert website.requests == [None, ["3"]]
+    assert never_went_back(page)
+
+
+def test_bundles_are_unpacked(
+    shop: Shop,
+    website: Website,
+    open_page: OpenPage,
+    centrifugo: Centrifugo,
+    run_relay: RunRelay,
+    relay_options: Options,
+    subscribe: Callable[..., Subscriber],
+) -> None:
+    """What the relay packs, the helpers unpack: nothing is loaded again, and nothing is missing."""
+    shop.save("1", "placed")
+    shop.save("2", "placed")
+    run_relay()
+    subscriber = subscribe(shop.channel)
+    with open_page(centrifugo.ws_url, shop, website) as page:
+        wait_for_truth(page, shop)
+        for status in ("paid", "packed", "shipped"):
+            shop.save("1", status)
+        shop.delete("2")
+        run_relay(replace(relay_options, wires={"hist": Wire(bundle_events=10)}))
+        wait_for_truth(page, shop)
+        assert page.views[-1].shown["1"] == Order(4, "shipped")
+        assert not any(website.requests), "no order had to be asked for"
+    assert subscriber.wait_for(3)[-1].tags["ob_bundle"] == "4"
+    assert never_went_back(page)
+
+
+def test_a_gap_has_its_object_loaded(
+    shop: Shop, website: Website, open_page: OpenPage, centrifugo: Centrifugo, run_relay: RunRelay, connect: Connect
+) -> None:
+    """The event has expired before it was sent. The page hears of it nevertheless, and asks for that order alone."""
+    shop.save("1", "placed")
+    shop.save("2", "placed")
+    run_relay()
+    with open_page(centrifugo.ws_url, shop, website) as page:
+        wait_for_truth(page, shop)
+        shop.save("1", "paid")
+        connect().execute("UPDATE outbox SET expires_at = now() WHERE state = 'pending'")
+        run_relay()
+        wait_for_truth(page, shop)
+        assert page.views[-1].counters["gaps"] == 1
+        assert website.requests == [None, ["1"]]
     assert never_went_back(page)
 
 
