@@ -507,6 +507,20 @@ def test_what_a_map_drops_is_superseded() -> None:
     assert judge(overtaken()) == Verdict([], [], 0)
 
 
+def test_what_a_map_drops_may_be_delivered_on_another_channel() -> None:
+    """Then the row says so. It is settled once, after the map's answer."""
+    history = overtaken()
+    history.rows.superseded.clear()
+    other: Stream = ("order", "0"), "hist:2"
+    history.owed[other] = [COMMITTED[index("0", 3)]]
+    history.heard[other] = [COMMITTED[index("0", 3)]]
+    history.sent = [*history.sent[:4], sent(3, "0", at=4.3, codes=(DROPPED, 0)), *history.sent[5:]]
+    history.sent[4].events = [("0-3", [CHANNEL, "hist:2"], False)]
+    assert found(history) == []
+    history.rows.settled_at["0-3"] = 4.05
+    assert found(history) == ["loss", "order"]
+
+
 def test_only_what_a_map_knew_better_is_dropped() -> None:
     """It knew nothing newer yet; the row says otherwise; a stream knows no versions."""
     history = overtaken()

@@ -364,7 +364,7 @@ def _excused(history: History) -> ExcusedOn:
         for fact in reversed(history.owed[stream]):
             key, at = fact.key, history.rows.settled_at.get(fact.key, 0.0)
             superseded = key in history.rows.superseded
-            if (covered <= at and (superseded or key in accepted)) or (overtaken <= at and superseded):
+            if min(covered, overtaken) <= at and (superseded or key in accepted):
                 also.setdefault(stream, set(history.rows.excused)).add(key)
             if key in history.covers:
                 covered = min(covered, told.get((key, channel), never))
