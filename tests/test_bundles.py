@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -95,12 +96,40 @@ def test_one_aggregate_fills_bundles() -> None:
     assert [len(request) for request in waves([event() for _ in range(10)], Limits(), WIRES)] == [4, 4, 2]
     mixed = [event(channels=["b:x", "plain:w"]) for _ in range(3)]
     assert [len(request) for request in waves(mixed, Limits(), WIRES)] == [1, 1, 1]
+    pairs = [event(channels=["pair:z"]) for _ in range(4)]
+    assert [len(request) for request in waves(pairs, Limits(), WIRES)] == [2, 2]
+
+
+def test_who_is_in_no_bundle_has_no_bound() -> None:
+    """Another aggregate's event on a plain channel shares a request as ever."""
+    events = [event(str(n), channels=["plain:w"]) for n in range(10)]
+    assert waves(events, Limits(), WIRES) == [events]
+
+
+def test_what_was_refused_before_travels_by_itself() -> None:
+    """In no bundle, and in no request with another event of its aggregate."""
+    tried = [event(tried=True), event(tried=True)]
+    assert waves([*tried, event()], Limits(), WIRES)[:2] == [tried[:1], tried[1:]]
+    assert [list(command.events) for command in commands([tried[0], event("2"), event("3")], WIRES)] == [[0], [1, 2]]
 
 
 def test_a_request_counts_publications() -> None:
     """Room for one publication is room for a whole bundle, and for no more."""
     events = [event(str(n % 2), channels=[f"b:{n % 2}"]) for n in range(6)]
     assert [len(request) for request in waves(events, Limits(events=1), WIRES)] == [3, 3]
+    assert waves(events, Limits(events=2), WIRES) == [events]
+    wider = [event("1", channels=["b:x"]), event("2", channels=["b:x", "b:y"])]
+    assert waves(wider, Limits(events=1), WIRES) == [wider[:1], wider[1:]]
+
+
+def test_a_bundle_counts_all_its_bytes() -> None:
+    """The tags, and about what is beside them and the payload."""
+    tags = json.dumps({"note": "x" * 1_000})
+    events = [event(tags=tags) for _ in range(4)]
+    assert [len(request) for request in waves(events, Limits(channel_bytes=3_000), WIRES)] == [2, 2]
+    usual = [event(str(uuid.uuid4()), event_id=str(uuid.uuid4()), epoch="7d2f.1", payload="{}") for _ in range(4)]
+    [command] = commands(usual, WIRES)
+    assert 0.5 < len(command.text) / (4 * ENTRY_BYTES) < 1
 
 
 # What a request says

@@ -30,13 +30,15 @@ def test_it_takes_what_is_faster(one_by_one: float, side_by_side: float, *, para
     own = Pace()
     decide(own, one_by_one=one_by_one, side_by_side=side_by_side)
     assert own.choose(LIMIT) is parallel
+    assert own.choose(2) is parallel
     assert own.choose(1) is False
 
 
 def test_requests_of_other_sizes_are_no_trial() -> None:
     own = Pace()
     for _ in range(10 * TRIES):
-        own.note(TRY_EVENTS - 1, 1.0, parallel=False)
+        for parallel in (False, True):
+            own.note(TRY_EVENTS - 1, 1.0, parallel=parallel)
     assert own.room(LIMIT) == TRY_EVENTS
 
 
@@ -58,6 +60,7 @@ def test_a_setting_is_not_doubted(*, parallel: bool) -> None:
     for _ in range(10 * TRIES):
         assert own.choose(TRY_EVENTS) is parallel
         own.note(TRY_EVENTS, 1.0, parallel=parallel)
+        own.note(TRY_EVENTS, 0.1, parallel=not parallel)
 
 
 def test_a_large_request_is_never_sent_one_by_one_to_find_out() -> None:

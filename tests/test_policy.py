@@ -142,6 +142,29 @@ def test_only_the_newest_is_sent_and_order_is_kept() -> None:
     assert planned.covered == {events[3].id: [events[2], events[0]]}
 
 
+def test_types_that_are_not_conflated_lose_nothing() -> None:
+    """Where a batch has both, one keeps all its events, in their places."""
+    types = {"order": CONFLATED, "payment": LASTING}
+    events = [
+        event(kind="snapshot"),
+        event(kind="snapshot", aggregate_type="payment"),
+        event(kind="snapshot", version=2, aggregate_type="payment"),
+        event(kind="snapshot", version=2),
+        event(aggregate_type="payment"),
+    ]
+    planned = plan(events, NOW, types.__getitem__)
+    assert planned.events == events[1:]
+    assert planned.covered == {events[3].id: [events[0]]}
+
+
+def test_a_dead_event_does_not_stop_conflation_where_nobody_waits_for_it() -> None:
+    events = [event(kind="snapshot"), event(ending="dead", version=2), event(kind="snapshot", version=3)]
+    assert plan(events, NOW, lambda _: CONFLATED).covered == {events[2].id: [events[1], events[0]]}
+    living = [event(kind="snapshot"), event(version=2), event(kind="snapshot", version=3)]
+    waiting = Policy(conflate=True, wait_after_dead=True)
+    assert plan(living, NOW, lambda _: waiting).covered == {living[2].id: [living[1], living[0]]}
+
+
 REFUSED = (Refusal("b", 102, ""),)
 
 

@@ -108,6 +108,13 @@ def test_there_are_no_more_waves_than_order_demands(events: list[Event]) -> None
     assert len(waves(events, Limits())) == busiest
 
 
+def test_requests_are_filled_to_their_limits() -> None:
+    """To the last byte, of the request and of a channel."""
+    events = [event(aggregate=("order", str(n))) for n in range(5)]
+    assert [len(request) for request in waves(events, Limits(bytes=4))] == [2, 2, 1]
+    assert [len(request) for request in waves(events, Limits(channel_bytes=4))] == [2, 2, 1]
+
+
 # The body of a request
 
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=40)
