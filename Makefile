@@ -73,6 +73,10 @@ interleavings: setup ## Play all orders of the steps of two writers and two rela
 fuzz: setup ## Try 100,000 hostile replies and 100,000 odd rows (ARGS='-k 01')
 	.venv/bin/python -m pytest -n $(JOBS) --full $(ARGS) tests/test_fuzz_replies.py tests/test_fuzz_rows.py
 
+.PHONY: mutants
+mutants: setup ## Change the core in one small way after another: does a test notice? (ARGS='pace --sample 20 --seed 2')
+	@.venv/bin/python -m tools.mutants $(ARGS)
+
 .PHONY: bench
 bench: setup ## Measure beside the rivals, write docs/benchmarks.md (QUICK=1, FULL=1, ARGS="--only 'drain/*'")
 	@.venv/bin/python -m bench --mode $(if $(QUICK),quick,$(if $(FULL),full,short)) $(ARGS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -9,8 +11,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from outbox_relay.event import Event, Hold, Outage, Refusal, Reply
-from outbox_relay.outcome import GivenUp, Held, Owed, Policy, Settlement, backoff, decide, judge, namespace
+from outbox_relay.event import Event, Hold, Outage, Refusal, Reply, boottime
+from outbox_relay.outcome import (
+    SUPERSEDED,
+    UNSETTLED,
+    GivenUp,
+    Held,
+    Owed,
+    Policy,
+    Settlement,
+    backoff,
+    decide,
+    judge,
+    namespace,
+)
 from outbox_relay.suspects import Suspects
 
 POLICY = Policy(max_attempts=3, min_age=60.0, backoff_base=1.0, backoff_max=30.0)
@@ -225,6 +239,37 @@ def test_other_refusals_are_the_namespaces_own_affair() -> None:
     assert isinstance(settlements[0].outcome, Held)
 
 
+def test_each_refused_event_is_judged() -> None:
+    """Whatever the one before it was: the broker's trouble, or in a bundle of which some channel took nothing."""
+    pairs = [
+        (event(1, "1"), refused(100)),
+        (event(2, "2", ("chat:a", "chat:b")), refused(102)._replace(accepted=("chat:b",), bundled=True)),
+        (event(3, "3"), refused(102)),
+    ]
+    settlements, outage = judge(pairs, {}, {}, 200.0, lambda _type: POLICY, anything_accepted=False)
+    assert outage is not None
+    assert settlements[0] == Settlement(pairs[1][0], UNSETTLED, ("chat:b",))
+    assert [settlement.event.id for settlement in settlements] == [2, 3]
+    assert isinstance(settlements[1].outcome, Held)
+
+
+def test_what_is_not_said() -> None:
+    """The documented defaults, and that nothing is assumed of an event, a hold, an end or an outage."""
+    assert Policy() == Policy(10, 900.0, 1.0, 60.0, False, math.inf, True, False)
+    assert (event().tried, event().epoch) == (False, "")
+    assert Held(1, 0, 1.0, "") == Held(1, 0, 1.0, "", alone=False)
+    assert GivenUp("dead") == GivenUp("dead", None, wait=False)
+    assert Outage("") == Outage("", None, verdict=0)
+    assert GivenUp("superseded") == SUPERSEDED
+
+
+def test_the_clock_goes_on_while_the_machine_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(time, "clock_gettime", asked.append)
+    boottime()
+    assert asked == [time.CLOCK_BOOTTIME]
+
+
 @pytest.mark.parametrize(
     ("accepted_at", "dead"),
     [
@@ -359,6 +404,15 @@ def test_a_suspects_successors_wait() -> None:
     assert suspects.part([head, successor, other], set()) == ([head, successor, other], [])
 
 
+def test_what_was_accepted_before_the_failure_proves_nothing() -> None:
+    """Nor does what was sent at that very moment."""
+    suspects = Suspects()
+    assert not suspects.failed([event(1, "1")], 2.0, 5.0)
+    assert not suspects.failed([event(1, "1")], 3.0, 2.0)
+    assert suspects.failed([event(1, "1")], 4.0, 3.1)
+    assert suspects.part([event(1, "1")], set()) == ([event(1, "1")], [])
+
+
 def test_whoever_must_go_alone_does() -> None:
     """A hold that says so gives its head a request of its own."""
     first, second = event(1, "1"), event(2, "2")
@@ -372,3 +426,6 @@ def test_memory_is_bounded() -> None:
     for written in batch:
         suspects.failed([written], 1.0, 0.0)
     assert suspects.part(batch, set()) == ([batch[0]], [[batch[1]], [batch[2]]])
+    suspects.failed(batch[1:2], 2.0, 0.0)
+    suspects.failed(batch[:1], 2.0, 0.0)
+    assert suspects.part(batch, set())[0] == [batch[2]]  # the one that has not failed again

@@ -1,0 +1,93 @@
+"""docs/mutants.md: how many changes of the core no test noticed, each of them, and why that is so."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple
+
+READ: Final = Path("docs") / "mutants" / "read.toml"
+PAGE: Final = Path("docs") / "mutants.md"
+
+Verdict = Literal["equivalent", "cost", "open"]
+
+_INTRO: Final = """# Mutants
+
+Does a test notice when the core is wrong? `make mutants` changes one small thing of a module at a time (a comparison,
+a condition, a number, a word of SQL, a statement that is left out: `tools/mutations.py`) and runs that module's tests
+(`tools/mutants.py`) until one of them fails. Whatever none of them noticed is below, each read by a person:
+*equivalent*, where nobody could tell the difference; *cost*, where only time or the number of statements differs, which
+no test times; *open*, where a test is owed. Annotations, log lines and messages for people are left alone.
+
+This page is written by `make mutants ARGS=--record`, from runs of the commits it names.
+"""
+
+
+class Count(NamedTuple):
+    module: str
+    commit: str
+    of: int
+    tried: int
+    killed: int
+    hung: int
+    survivors: Sequence[Mapping[str, Any]]
+
+
+def report(root: Path, kept: Iterable[Mapping[str, Any]], order: Sequence[str]) -> None:
+    """Write the page from the results of runs. Raises ValueError where a reason is of no survivor of these runs."""
+    read = {
+        (entry["module"], _plain(entry["diff"])): entry for entry in tomllib.loads((root / READ).read_text())["read"]
+    }
+    counts = sorted(map(_count, kept), key=lambda count: order.index(count.module))
+    lines = [_INTRO, *_table(counts, read)]
+    used: set[tuple[str, str]] = set()
+    for count in counts:
+        if count.survivors:
+            lines += [f"## {count.module}.py", ""]
+        for survivor in count.survivors:
+            key = (count.module, _plain(survivor["diff"]))
+            used.add(key)
+            lines += [f"Line {survivor['line']}, {_verdict(read, *key)}:", "", "```diff", survivor["diff"], "```", ""]
+            if key in read:
+                lines += [read[key]["why"].strip(), ""]
+    if unused := read.keys() - used:
+        raise ValueError(f"{READ} speaks of what did not survive: {sorted(unused)}")
+    (root / PAGE).write_text("\n".join(lines))
+
+
+def _count(run: Mapping[str, Any]) -> Count:
+    results = run["results"]
+    survivors = [result for result in results if result["fate"] == "survived"]
+    survivors.sort(key=lambda result: result["line"])
+    fates = [result["fate"] for result in results]
+    killed, hung = fates.count("killed"), fates.count("timeout")
+    return Count(run["module"], run["commit"], run["of"], len(results), killed, hung, survivors)
+
+
+def _table(counts: Sequence[Count], read: Mapping[tuple[str, str], Any]) -> list[str]:
+    rows = [
+        "| module | mutants | tried | failed a test | hung | survived | equivalent | cost | open | commit |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    totals = [0] * 8
+    for count in counts:
+        verdicts = [_verdict(read, count.module, _plain(survivor["diff"])) for survivor in count.survivors]
+        numbers = [count.of, count.tried, count.killed, count.hung, len(verdicts)]
+        numbers += [verdicts.count(verdict) for verdict in ("equivalent", "cost", "open")]
+        totals = [total + number for total, number in zip(totals, numbers, strict=True)]
+        rows.append(f"| `{count.module}.py` | {' | '.join(map(str, numbers))} | {count.commit} |")
+    rows.append(f"| all | {' | '.join(map(str, totals))} | |")
+    of_tried = f"{totals[4] / totals[1]:.1%} of those tried survived" if totals[1] else "None was tried"
+    return [*rows, "", f"{of_tried}; {totals[7]} of them are open.", ""]
+
+
+def _verdict(read: Mapping[tuple[str, str], Any], module: str, diff: str) -> Verdict:
+    entry = read.get((module, diff))
+    verdict: Verdict = entry["verdict"] if entry else "open"
+    return verdict
+
+
+def _plain(diff: str) -> str:
+    """A diff without what formatting may change."""
+    return "\n".join(" ".join(line.split()) for line in diff.strip().splitlines())
