@@ -267,3 +267,14 @@ def test_a_relay_that_ends_when_empty_leaves_no_due_hold_behind(connect: Connect
         assert store.left() == (True, True)
         connection.execute("UPDATE outbox_hold SET due_at = now() + interval '1 hour'")
         assert store.left() == (False, True)
+
+
+def test_a_hold_of_nothing_ends(connect: Connect, run_relay: RunRelay) -> None:
+    """Somebody has deleted what waited: the aggregate is free again."""
+    connection = connect()
+    connection.execute(
+        "INSERT INTO outbox_hold (aggregate_type, aggregate_id, lane, head_id, due_at, tries, attempts, "
+        "first_refused_at, refused_at) VALUES ('order', '1', 0, 1, now(), 1, 0, now(), now())"
+    )
+    assert run_relay() is Ended.EMPTY
+    assert connection.execute("SELECT count(*) FROM outbox_hold").fetchall() == [(0,)]

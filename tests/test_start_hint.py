@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from typing import Any, LiteralString
 from uuid import uuid4
 
 import psycopg
@@ -59,6 +60,8 @@ def raise_to(store: Store, id_: int) -> None:
     store.anything_to_do()
     store.anything_to_do()
     assert start(store) == id_
+    with store.batch():
+        assert store.execute(f"SELECT {start_hint.START}", **store._hint.parameters).fetchall() == [(id_,)]
 
 
 def test_it_rises_with_what_was_read(store: Store, connect: Connect) -> None:
@@ -141,16 +144,58 @@ def test_it_waits_for_a_writer_that_has_only_drawn_its_id(store: Store, connect:
 
 
 def test_it_stops_below_what_is_pending_elsewhere(store: Store, connect: Connect, database_url: str) -> None:
-    """What another relay has claimed and not settled may be pending again."""
+    """What another relay has claimed and not settled may be pending again: the lowest of it, of all lanes."""
     writer = connect()
-    low, high = write(writer, "a"), write(writer, "b")
+    low, *between = [write(writer, name) for name in "aac"]
+    high = write(writer, "b")
     with closing(Store(database_url)) as other, other.batch():
-        assert len(other.claim(after=lane_of(writer, low) - 1, lanes=1).lanes) == 1
+        for id_ in (low, between[-1]):
+            assert len(other.claim(after=lane_of(writer, id_) - 1, lanes=1).lanes) == 1
         assert deliver(store) == [high]
         store.anything_to_do()
         store.anything_to_do()
         assert start(store) <= low
-    assert deliver(store) == [low]
+    assert deliver(store) == [low, *between]
+
+
+def test_it_waits_for_nobody_else(store: Store, connect: Connect) -> None:
+    """Neither for who reads the outbox, nor for who writes other tables; both stay open."""
+    writer, reader, elsewhere = connect(), connect(autocommit=False), connect(autocommit=False)
+    writer.execute("CREATE TABLE elsewhere (n int)")
+    elsewhere.execute("INSERT INTO elsewhere VALUES (1)")
+    written = write(writer, "1")
+    reader.execute("SELECT count(*) FROM outbox")
+    assert deliver(store) == [written]
+    raise_to(store, written + 1)
+
+
+def test_who_has_read_nothing_knows_nothing(store: Store, connect: Connect) -> None:
+    """The first id is not drawn yet."""
+    for _ in range(3):
+        assert not store.anything_to_do()
+    first = write(connect(), "1")
+    assert start(store) <= first
+    assert deliver(store) == [first]
+
+
+def test_it_is_renewed_less_and_less_often(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In seconds since the first time, where it ends with once in 32."""
+    now, asked = 1_000.0, set[float]()
+    monkeypatch.setattr(start_hint, "RENEW_EVERY", 32.0)
+    monkeypatch.setattr(start_hint, "boottime", lambda: now)
+    with closing(Store(database_url)) as store:
+        ask = store._hint._ask
+
+        def noted(query: LiteralString, **parameters: Any) -> tuple[Any, ...]:
+            asked.add(now - 1_000)
+            return ask(query, **parameters)
+
+        monkeypatch.setattr(store._hint, "_ask", noted)
+        while now < 1_100:
+            store._hint.read(start(store))  # there is always something new
+            store.anything_to_do()
+            now += 1
+    assert sorted(asked) == [0, 2, 6, 14, 30, 62, 94]
 
 
 def test_an_event_that_is_put_back_is_found(store: Store, connect: Connect, database_url: str) -> None:

@@ -44,9 +44,9 @@ TESTS: Final[dict[str, str]] = {
     "start_hint": "start_hint",
     "centrifugo": "wire hostile_server outcomes key_rotation bundles outages",
     "session": "lanes hazards_order start_hint wake_up hazards_database pgbouncer",
-    "store": "lanes conflation gaps holds hazards_order hazards_settling start_hint plans retention outcomes",
+    "store": "batches lanes conflation gaps holds hazards_order hazards_settling start_hint plans retention outcomes",
     "shared": "versions holds bundles outages outcomes",
-    "relay": "lanes conflation gaps holds versions bundles wake_up outages outcomes",
+    "relay": "batches lanes conflation gaps holds bundles hazards_settling cost_guard versions outages outcomes",
 }
 # Loaded once, then shared by all runs; nothing of the project's own.
 _LOADED_BEFORE: Final = (

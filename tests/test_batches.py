@@ -1,0 +1,164 @@
+"""One batch after another: what a request that fails means for the rest of its batch, and when the next one comes."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+import pytest
+
+from outbox_relay.centrifugo import Centrifugo as Publisher
+from outbox_relay.embedded.centrifugo import Centrifugo
+from outbox_relay.outcome import Policy
+from outbox_relay.packing import Limits
+from outbox_relay.relay import Options, Relay
+from outbox_relay.store import Store
+from tests.conftest import Connect
+from tests.support.gateway import Exchange, Gateway, refuse
+from tests.support.relays import drain
+from tests.support.stepping import Hold, Journal, Stepper
+from tests.support.writing import neighbours, states, write
+
+PATIENT = Policy(backoff_base=3600.0, backoff_max=3600.0)
+ONE_BY_ONE = Options(limits=Limits(events=1), policy=PATIENT)
+
+
+@pytest.fixture
+def publisher(gateway: Gateway, centrifugo: Centrifugo) -> Publisher:
+    """Through a window that may make it fail; it never tries what is faster."""
+    return Publisher(gateway.url, centrifugo.api_key, parallel=True)
+
+
+def test_a_request_that_fails_ends_its_batch(
+    connect: Connect, database_url: str, gateway: Gateway, publisher: Publisher
+) -> None:
+    """What was accepted before is settled, the rest is not even tried, and the relay pauses."""
+    connection = connect()
+    for name in "123":
+        write(connection, name, 1, "plain:a")
+
+    def once(exchange: Exchange) -> None:
+        exchange.answer(*(exchange.forward() if len(gateway.requests) == 1 else (503, b"")))
+
+    gateway.fault = once
+    with Stepper(database_url, publisher, ONE_BY_ONE) as steps:
+        assert steps.step()
+        assert steps.pauses
+        assert steps.journal.requests == [1, 1]
+    assert states(connection) == {"delivered": 1, "pending": 2}
+
+
+def test_suspects_that_fail_while_others_pass_stop_nobody(
+    connect: Connect, database_url: str, gateway: Gateway, publisher: Publisher
+) -> None:
+    """The other half of them is tried in the same batch."""
+    connection = connect()
+    guilty, *fellows, other = neighbours(connection, 5)
+
+    def dislike(exchange: Exchange) -> None:
+        bad = any(command.aggregate[1] == guilty for command in exchange.commands)
+        exchange.answer(*((400, b"") if bad else exchange.forward()))
+
+    gateway.fault = dislike
+    with Stepper(database_url, publisher, Options(policy=PATIENT)) as steps:
+        for name in (guilty, *fellows):
+            write(connection, name, 1, "plain:a")
+        steps.step()
+        write(connection, other, 1, "plain:a")
+        steps.step()
+        assert steps.journal.requests == [4, 1, 2, 2]
+    assert states(connection) == {"pending": 2, "delivered": 3}
+
+
+@pytest.mark.parametrize(("code", "over"), [(102, True), (100, False)])
+def test_an_answer_for_an_events_own_sake_ends_a_pause(
+    connect: Connect, database_url: str, gateway: Gateway, publisher: Publisher, code: int, over: bool
+) -> None:
+    """Centrifugo works where it refuses for a reason. An internal error is none."""
+    connection = connect()
+    gateway.fault = lambda exchange: exchange.answer(503, b"")
+    with Stepper(database_url, publisher, Options(policy=PATIENT)) as steps:
+        write(connection, "1", 1, "plain:a")
+        steps.step()
+        assert steps.pauses
+        gateway.fault = refuse(code, lambda _command: True)
+        steps.step()
+        assert steps.pauses is not over
+
+
+def test_evidence_is_what_came_after_the_last_refusal(
+    connect: Connect, database_url: str, gateway: Gateway, publisher: Publisher
+) -> None:
+    """What was accepted after an earlier one has counted already."""
+    connection = connect()
+    gateway.fault = refuse(102, lambda command: command.aggregate[1] == "bad")
+    with Stepper(database_url, publisher, Options(policy=PATIENT)) as steps:
+        write(connection, "bad", 1, "plain:a")
+        steps.step()
+        write(connection, "good", 1, "plain:a")
+        steps.step()
+        for tries in (2, 3, 4):
+            steps.make_due()
+            steps.step()
+            assert steps.holds == [Hold("bad", tries, attempts=1)]
+
+
+def test_parking_is_work(connect: Connect, database_url: str, gateway: Gateway, publisher: Publisher) -> None:
+    """A batch that brings nothing but what waits behind a hold: there may be more, so the next one comes at once."""
+    connection = connect()
+    gateway.fault = refuse(102, lambda command: command.aggregate[1] == "held")
+    with Stepper(database_url, publisher, Options(policy=PATIENT)) as steps:
+        write(connection, "held", 1, "plain:a")
+        steps.step()
+        write(connection, "held", 2, "plain:a")
+        assert steps.step()
+        assert steps.states("held") == ["parked", "parked"]
+        assert not steps.step()
+
+
+def test_the_next_head_starts_anew(connect: Connect, database_url: str, gateway: Gateway, publisher: Publisher) -> None:
+    """Nothing of what its predecessor met counts for it, and nothing of that is shown."""
+    connection = connect()
+    gateway.fault = refuse(102, lambda command: command.version == 1)
+    with Stepper(database_url, publisher, Options(events_per_lane=1, lanes=1, policy=PATIENT)) as steps:
+        for version in (1, 2, 3):
+            write(connection, "1", version, "plain:a")
+        for _ in range(3):
+            steps.step()
+        assert steps.states("1") == ["parked"] * 3
+        gateway.fault = None
+        steps.make_due()
+        steps.step()
+        assert steps.states("1") == ["delivered", "parked", "parked"]
+    [hold] = connection.execute(
+        "SELECT o.version, tries, attempts, alone, h.error, due_at <= clock_timestamp() "
+        "FROM outbox_hold AS h JOIN outbox AS o ON o.id = head_id"
+    ).fetchall()
+    assert hold == (2, 0, 0, False, None, True)
+
+
+def test_while_there_is_work_nobody_rests(connect: Connect, database_url: str, centrifugo: Centrifugo) -> None:
+    """Ten batches of one event each, where a rest would take an hour."""
+    connection = connect()
+    for name in neighbours(connection, 10):
+        write(connection, name, 1, "plain:a")
+    options = Options(workers=1, lanes=1, events_per_lane=1, poll_min=3600.0, poll_max=3600.0)
+    journal = Journal()
+
+    def open_store() -> Store:
+        return Store(database_url, wake_up=False)
+
+    drain(Relay(open_store, lambda: Publisher(centrifugo.api_url, centrifugo.api_key), options, journal))
+    assert states(connection) == {"delivered": 10}
+    assert journal.requests == [1] * 10
+
+
+def test_a_batch_is_filled_to_its_bound(connect: Connect, database_url: str) -> None:
+    """To the last byte that it may read; one more is too many."""
+    connection = connect()
+    for name in neighbours(connection, 3):
+        write(connection, name, 1, "plain:a", '"some payload"')
+    [(size,)] = connection.execute("SELECT DISTINCT pg_column_size(payload) FROM outbox").fetchall()
+    with closing(Store(database_url)) as store, store.batch():
+        lanes = store.claim(after=0, lanes=1).lanes
+        for bound, read in ((3 * size, 3), (3 * size - 1, 2), (0, 1)):
+            assert len(store.read(lanes, events=10, per_lane=10, max_bytes=bound).events) == read
