@@ -162,3 +162,15 @@ def test_a_batch_is_filled_to_its_bound(connect: Connect, database_url: str) -> 
         lanes = store.claim(after=0, lanes=1).lanes
         for bound, read in ((3 * size, 3), (3 * size - 1, 2), (0, 1)):
             assert len(store.read(lanes, events=10, per_lane=10, max_bytes=bound).events) == read
+
+
+def test_several_due_holds_are_work(connect: Connect, database_url: str) -> None:
+    """Where nothing is pending."""
+    with closing(Store(database_url)) as store:
+        assert not store.anything_to_do()
+        connect().execute(
+            "INSERT INTO outbox_hold (aggregate_type, aggregate_id, lane, head_id, due_at, tries, attempts, "
+            "first_refused_at, refused_at) "
+            "SELECT 'order', n, 0, n, now(), 1, 0, now(), now() FROM generate_series(1, 3) n"
+        )
+        assert store.anything_to_do()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from outbox_relay.build import options
 from outbox_relay.config import ConfigError, api_key_now, load, load_with_sources, need
+from outbox_relay.relay import Options
 
 CANARY = "c4nary"
 
@@ -140,6 +143,11 @@ def test_a_wrong_setting_is_named_in_one_line(tmp_path: Path, environ: dict[str,
         )
     assert "\n" not in str(caught.value)
     assert CANARY not in str(caught.value)
+
+
+def test_what_is_not_set_is_the_relays_own_default() -> None:
+    """An application that runs a relay by itself gets the documented values, too."""
+    assert replace(options(load({}, environ={})), frozen_after=Options().frozen_after) == Options()
 
 
 def test_a_missing_setting_says_where_it_may_be_set() -> None:
