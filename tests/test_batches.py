@@ -6,11 +6,13 @@ from contextlib import closing
 
 import pytest
 
+from outbox_relay import relay
 from outbox_relay.centrifugo import Centrifugo as Publisher
+from outbox_relay.database import DatabaseUnavailableError
 from outbox_relay.embedded.centrifugo import Centrifugo
 from outbox_relay.outcome import Policy
 from outbox_relay.packing import Limits
-from outbox_relay.relay import Options, Relay
+from outbox_relay.relay import Ended, Options, Relay
 from outbox_relay.store import Store
 from tests.conftest import Connect
 from tests.support.gateway import Exchange, Gateway, refuse
@@ -174,3 +176,25 @@ def test_several_due_holds_are_work(connect: Connect, database_url: str) -> None
             "SELECT 'order', n, 0, n, now(), 1, 0, now(), now() FROM generate_series(1, 3) n"
         )
         assert store.anything_to_do()
+
+
+def test_a_database_that_is_away_is_asked_less_and_less_often(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, publisher: Publisher
+) -> None:
+    """And it is said once."""
+    tries: list[int] = []
+
+    def no_store() -> Store:
+        raise DatabaseUnavailableError("it is away")
+
+    def at_once(failures: int, _shortest: float, _longest: float) -> float:
+        tries.append(failures)
+        if len(tries) == 5:
+            lost.stop()
+        return 0.0
+
+    monkeypatch.setattr(relay, "backoff", at_once)
+    lost = Relay(no_store, lambda: publisher, Options(workers=1))
+    assert lost.run() is Ended.STOPPED
+    assert tries == [1, 2, 3, 4, 5]
+    assert caplog.text.count("database lost") == 1

@@ -216,6 +216,14 @@ def _commit() -> str:
     return head.strip() + ("+" if changed else "")
 
 
+def _kept(module: str, digest: str) -> list[Result]:
+    """The results of the last run. Raises ValueError where the module is another one by now."""
+    kept = json.loads((RESULTS / f"{module}.json").read_text())
+    if kept["source"] != digest:
+        raise ValueError(f"{module}.py has changed since its last run")
+    return [Result(**result) for result in kept["results"]]
+
+
 def run(module: str, arguments: argparse.Namespace) -> None:
     source = (ROOT / "outbox_relay" / f"{module}.py").read_text()
     found = mutants(source)
@@ -225,6 +233,11 @@ def run(module: str, arguments: argparse.Namespace) -> None:
         chosen = random.Random(f"{arguments.seed} {module}").sample(chosen, arguments.sample)  # noqa: S311 - a sample
     digest = hashlib.sha256(source.encode()).hexdigest()
     done = Run(module, digest, _commit(), len(found), arguments.seed, TESTS[module].split())
+    if arguments.survivors:
+        done.results = _kept(module, digest)
+        survivors = {(result.line, result.diff) for result in done.results if result.fate == "survived"}
+        done.results = [result for result in done.results if result.fate != "survived"]
+        chosen = [mutant for mutant in found if (mutant.line, mutant.diff(source)) in survivors]
     for result in judge(module, chosen, arguments.jobs, arguments.patience):
         done.results.append(result)
         if arguments.line is None:
@@ -244,6 +257,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=0, help="so many mutants of each module; by default all")
     parser.add_argument("--seed", type=int, default=1, help="which ones")
     parser.add_argument("--line", type=int, help="only the mutants of this line, and nothing is kept")
+    parser.add_argument("--survivors", action="store_true", help="only those that survived the last time")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--patience", type=float, help="seconds for one mutant; by default three times what is usual")
     parser.add_argument("--verbose", action="store_true", help="say what became of each, not of survivors alone")
