@@ -65,13 +65,19 @@ def test_every_module_has_changes_and_tests() -> None:
 def test_the_page_says_what_survived_and_why(tmp_path: Path) -> None:
     """What nobody has read is open; a reason for what did not survive is an error."""
     survivors = [{"line": n, "fate": "survived", "diff": f"-    a = {n}\n+    a = 0"} for n in (1, 2)]
-    run = {"module": "pace", "commit": "abc", "of": 9, "results": [*survivors, {"fate": "killed"}, {"fate": "timeout"}]}
+    run = {
+        "module": "pace",
+        "source": "abc",
+        "seed": 7,
+        "of": 9,
+        "results": [*survivors, {"fate": "killed"}, {"fate": "timeout"}],
+    }
     (tmp_path / READ).parent.mkdir(parents=True)
     reason = '[[read]]\nmodule = "pace"\ndiff = """\n- a = 1\n+ a = 0\n"""\nverdict = "cost"\nwhy = "Dear."\n'
     (tmp_path / READ).write_text(reason)
     report(tmp_path, [json.loads(json.dumps(run))], ["pace"])
     page = (tmp_path / PAGE).read_text()
-    assert "| `pace.py` | 9 | 4 | 1 | 1 | 2 | 0 | 1 | 1 | abc |" in page
+    assert "| `pace.py` | 9 | 4 | 1 | 1 | 2 | 0 | 1 | 1 | 7 | `abc` |" in page
     assert "50.0% of those tried survived; 1 of them are open." in page
     assert "Line 1, cost:" in page
     assert "Dear." in page

@@ -20,13 +20,16 @@ a condition, a number, a word of SQL, a statement that is left out: `tools/mutat
 *equivalent*, where nobody could tell the difference; *cost*, where only time or the number of statements differs, which
 no test times; *open*, where a test is owed. Annotations, log lines and messages for people are left alone.
 
-This page is written by `make mutants ARGS=--record`, from runs of the commits it names.
+Where not all were tried they are drawn by chance, with the seed beside them. A survivor for which a test was written
+since was tried again (`--survivors`). This page is written by `make mutants ARGS=--record`, from runs of modules whose
+first digits of their SHA-256 it gives.
 """
 
 
 class Count(NamedTuple):
     module: str
-    commit: str
+    source: str
+    seed: int
     of: int
     tried: int
     killed: int
@@ -62,13 +65,13 @@ def _count(run: Mapping[str, Any]) -> Count:
     survivors.sort(key=lambda result: result["line"])
     fates = [result["fate"] for result in results]
     killed, hung = fates.count("killed"), fates.count("timeout")
-    return Count(run["module"], run["commit"], run["of"], len(results), killed, hung, survivors)
+    return Count(run["module"], run["source"][:12], run["seed"], run["of"], len(results), killed, hung, survivors)
 
 
 def _table(counts: Sequence[Count], read: Mapping[tuple[str, str], Any]) -> list[str]:
     rows = [
-        "| module | mutants | tried | failed a test | hung | survived | equivalent | cost | open | commit |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| module | mutants | tried | failed a test | hung | survived | equivalent | cost | open | seed | module's SHA-256 |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     totals = [0] * 8
     for count in counts:
@@ -76,8 +79,10 @@ def _table(counts: Sequence[Count], read: Mapping[tuple[str, str], Any]) -> list
         numbers = [count.of, count.tried, count.killed, count.hung, len(verdicts)]
         numbers += [verdicts.count(verdict) for verdict in ("equivalent", "cost", "open")]
         totals = [total + number for total, number in zip(totals, numbers, strict=True)]
-        rows.append(f"| `{count.module}.py` | {' | '.join(map(str, numbers))} | {count.commit} |")
-    rows.append(f"| all | {' | '.join(map(str, totals))} | |")
+        rows.append(
+            f"| `{count.module}.py` | {' | '.join(map(str, numbers))} | {count.seed if count.tried < count.of else ''} | `{count.source}` |"
+        )
+    rows.append(f"| all | {' | '.join(map(str, totals))} | | |")
     of_tried = f"{totals[4] / totals[1]:.1%} of those tried survived" if totals[1] else "None was tried"
     return [*rows, "", f"{of_tried}; {totals[7]} of them are open.", ""]
 
