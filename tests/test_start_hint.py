@@ -263,7 +263,7 @@ def test_there_is_none_where_nothing_was_written_yet(store: Store, connect: Conn
 
 def test_there_is_none_while_sessions_reserve_ids(store: Store, connect: Connect) -> None:
     """Such a session holds no lock, and its lower ids come later than the higher ones of others."""
-    connect().execute("ALTER SEQUENCE outbox_id_seq CACHE 10")
+    connect().execute("ALTER SEQUENCE outbox_id_seq CACHE 2")
     reserving, writer = connect(), connect()
     write(reserving, "1")
     high = write(writer, "2")

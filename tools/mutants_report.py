@@ -69,19 +69,17 @@ def _count(run: Mapping[str, Any]) -> Count:
 
 
 def _table(counts: Sequence[Count], read: Mapping[tuple[str, str], Any]) -> list[str]:
-    rows = [
-        "| module | mutants | tried | failed a test | hung | survived | equivalent | cost | open | seed | module's SHA-256 |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    verdict_columns: tuple[Verdict, ...] = ("equivalent", "cost", "open")
+    heads = ["module", "mutants", "tried", "failed a test", "hung", "survived", *verdict_columns, "seed", "SHA-256"]
+    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     totals = [0] * 8
     for count in counts:
         verdicts = [_verdict(read, count.module, _plain(survivor["diff"])) for survivor in count.survivors]
         numbers = [count.of, count.tried, count.killed, count.hung, len(verdicts)]
-        numbers += [verdicts.count(verdict) for verdict in ("equivalent", "cost", "open")]
+        numbers += [verdicts.count(verdict) for verdict in verdict_columns]
         totals = [total + number for total, number in zip(totals, numbers, strict=True)]
-        rows.append(
-            f"| `{count.module}.py` | {' | '.join(map(str, numbers))} | {count.seed if count.tried < count.of else ''} | `{count.source}` |"
-        )
+        seed = count.seed if count.tried < count.of else ""
+        rows.append(f"| `{count.module}.py` | {' | '.join(map(str, numbers))} | {seed} | `{count.source}` |")
     rows.append(f"| all | {' | '.join(map(str, totals))} | | |")
     of_tried = f"{totals[4] / totals[1]:.1%} of those tried survived" if totals[1] else "None was tried"
     return [*rows, "", f"{of_tried}; {totals[7]} of them are open.", ""]
