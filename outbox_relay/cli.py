@@ -282,7 +282,6 @@ def _spare_the_collector() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000)
 
 
 def _run_until_signal(relay: Relay, *, until_empty: bool) -> Ended:
