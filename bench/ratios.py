@@ -193,6 +193,7 @@ FLAT_CASES: Final = {
     "hot": "one aggregate with 90 % of 1 M",
     "held": "10,000 aggregates on hold",
     "snapshot": "a snapshot held open 2 minutes",
+    "snapshot-new": "a snapshot held open 2 minutes, new relay",
 }
 
 

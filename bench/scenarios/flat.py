@@ -8,8 +8,8 @@ higher one there, so that 100,000 pending (row `base-100k`) stand beside it.
 Of each outbox only the first events are drained, so that no case ends in batches that are not full.
 
 While a snapshot is held what is settled stays in the index of the pending events. A relay that is at work, as it is
-where a backup begins, walks over it once a quarter of a second at most; a new one (rows `snapshot-new`) walks over all
-of it at its start.
+where a backup begins, walks over what was settled since it last found out where to start, up to four times a second;
+a new one (rows `snapshot-new`) has to find that out first.
 """
 
 from __future__ import annotations
@@ -185,10 +185,7 @@ class _Bed:
                 stage.centrifugo(self._centrifugo) as centrifugo,
                 ExitStack() as stack,
             ):
-                relay = OurRelay(url, centrifugo, case.settings)
-                if case.at_work:
-                    stack.enter_context(relay)
-                    _work(case.at_work)
+                relay = _relay(case, url, centrifugo, stack)
                 witness = stack.enter_context(_witness(case, centrifugo, events))
                 with lanes_locked(url):
                     if case.at_work:
@@ -209,10 +206,7 @@ class _Bed:
                 stage.centrifugo(self._centrifugo) as centrifugo,
                 ExitStack() as stack,
             ):
-                relay = OurRelay(explained(url), centrifugo, case.settings)
-                if case.at_work:
-                    stack.enter_context(relay)
-                    _work(case.at_work)
+                relay = _relay(case, explained(url), centrifugo, stack)
                 witness = stack.enter_context(_witness(case, centrifugo, EXPLAINED))
                 offset = self._server.log_path.stat().st_size
                 if case.at_work:
@@ -237,11 +231,16 @@ class _Bed:
         return stage.template(self._server, name, fill_and_finish)
 
 
-def _work(outbox: Refilled) -> None:
-    """Let the relay that is there deliver events for a while, and return when none is left."""
-    with in_background(lambda enough: write_steadily(outbox, CHURN_RATE, enough)):
-        time.sleep(WORK_SECONDS)
-    wait_until_delivered(outbox.url, BASE.channels())
+def _relay(case: Case, url: str, centrifugo: Centrifugo, stack: ExitStack) -> OurRelay:
+    """A relay to be started; where it is to be at work it is, has delivered events for a while, and none is left."""
+    relay = OurRelay(url, centrifugo, case.settings)
+    if case.at_work:
+        stack.enter_context(relay)
+        outbox = case.at_work
+        with in_background(lambda enough: write_steadily(outbox, CHURN_RATE, enough)):
+            time.sleep(WORK_SECONDS)
+        wait_until_delivered(outbox.url, BASE.channels())
+    return relay
 
 
 def _add(outbox: Refilled, events: int) -> None:
