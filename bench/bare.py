@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from bench.harness import WrongRunError
 from outbox_relay import build, config
-from outbox_relay.relay import Options
+from outbox_relay.options import Options
 from outbox_relay.store import Store
 
 Work = Literal["settle", "post"]

@@ -13,9 +13,10 @@ from outbox_relay.centrifugo import Centrifugo
 from outbox_relay.config import ConfigError, Settings, TypeSettings
 from outbox_relay.metrics import BacklogCollector, HealthCollector, Metrics, registry
 from outbox_relay.monitor import Monitor
+from outbox_relay.options import Options
 from outbox_relay.outcome import Policy
 from outbox_relay.packing import Limits, Wire, Wires
-from outbox_relay.relay import Options, Relay
+from outbox_relay.runner import Relay
 from outbox_relay.shared import Observer
 from outbox_relay.store import Store
 

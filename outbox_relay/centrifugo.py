@@ -5,31 +5,26 @@ Centrifugo's contract was read from the source of v6.9.1: `api_handler`, `apipro
 
 from __future__ import annotations
 
-import re
 import ssl
 from collections.abc import Callable, Mapping, Sequence, Set
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from itertools import accumulate
 from typing import Any, Final
 
 import httpx
-import orjson
 
+from outbox_relay.endpoint import CUT, NO_ANSWER, api_url, batch_replies, no_answer
 from outbox_relay.event import ACCEPTED, Event, Outage, Refusal, Reply, boottime
 from outbox_relay.log import MASK, get_logger, printable
 from outbox_relay.pace import Pace
 from outbox_relay.packing import Wires
 from outbox_relay.transport import Deadline, DeadlineTransport
-from outbox_relay.wire import TOO_DEEP, Command, commands, encode_batch, encode_commands, replies
+from outbox_relay.wire import TOO_DEEP, Command, commands, encode_batch, encode_commands, replies, too_deep_for_go
 
 log = get_logger()
 
-MAX_DEPTH: Final = 9_990
-"""Go's JSON decoder refuses more than 10,000 levels, the batch's own included, and with them the whole batch."""
 _REPLY_BYTES_PER_COMMAND: Final = 4096
 _REPLY_FLOOR: Final = 64 * 1024
 _MESSAGE: Final = 200
-_STRINGS: Final = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
 class Centrifugo:
@@ -84,7 +79,7 @@ class Centrifugo:
 
         `deadline` is on `boottime()`; by default `timeout` from now. Not a byte is sent past it.
         """
-        too_deep = {n for n, event in enumerate(events) if _too_deep(event.payload)}
+        too_deep = {n for n, event in enumerate(events) if too_deep_for_go(event.payload)}
         if self._wires:
             return self._publish_commands(events, too_deep, deadline)
         sent = [event for n, event in enumerate(events) if n not in too_deep] if too_deep else events
@@ -100,8 +95,8 @@ class Centrifugo:
                 else self._reply(event, answer)
                 for event, answer in zip(sent, answers, strict=True)
             ]
-        except _NO_ANSWER as error:
-            return _no_answer(error)
+        except NO_ANSWER as error:
+            return no_answer(error)
         for n in sorted(too_deep):
             refusals = (self._refusal(channel, TOO_DEEP) for channel in events[n].unsent)
             found.insert(n, Reply(tuple(refusals)))
@@ -121,8 +116,8 @@ class Centrifugo:
         answers += [{"error": command.error} for command in refused]
         try:
             return replies(events, [*sent, *refused], answers, self._refusal)
-        except _NO_ANSWER as error:
-            return _no_answer(error)
+        except NO_ANSWER as error:
+            return no_answer(error)
 
     def probe(self) -> Outage | None:
         """Send an empty batch: does Centrifugo answer, and does it take the key? Says nothing of its broker."""
@@ -148,21 +143,8 @@ class Centrifugo:
         except httpx.ConnectError as error:
             return Outage(self._describe(error))
         except httpx.HTTPError as error:
-            return Outage(self._describe(error), verdict=_CUT)
-        if response.status_code != 200:
-            return _status_outage(response)
-        if content is None:
-            return Outage("the reply is larger than any reply of Centrifugo's", verdict=200)
-        try:
-            answer = orjson.loads(content)
-        except orjson.JSONDecodeError:
-            return Outage("the reply is not JSON: is this Centrifugo's address?", verdict=200)
-        replies = answer.get("replies", []) if isinstance(answer, dict) else None
-        if not isinstance(replies, list) or (isinstance(answer, dict) and "error" in answer):
-            return Outage("the reply is no batch reply: is this Centrifugo's address?", verdict=200)
-        if len(replies) != commands:
-            return Outage(f"{len(replies)} replies to {commands} commands", verdict=200)
-        return replies
+            return Outage(self._describe(error), verdict=CUT)
+        return batch_replies(response, content, commands)
 
     def _post(self, body: bytes, limit: int) -> tuple[httpx.Response, bytes | None]:
         """The response and, where it is a 200 of at most `limit` bytes, its content."""
@@ -198,35 +180,6 @@ class Centrifugo:
         return printable(masked[:_MESSAGE])[:_MESSAGE]
 
 
-_NO_ANSWER: Final = (AttributeError, KeyError, TypeError, ValueError)
-
-
-def _no_answer(error: Exception) -> Outage:
-    return Outage(f"the reply is not Centrifugo's: {type(error).__name__} in a command's reply", verdict=200)
-
-
-def api_url(url: str) -> httpx.URL:
-    """The address of the server API, with `/api` added where it is missing. Raises ValueError."""
-    try:
-        parsed = httpx.URL(url)
-    except (httpx.InvalidURL, TypeError):
-        raise ValueError("not a URL: give one like http://127.0.0.1:8000/api") from None
-    if parsed.scheme not in {"http", "https"} or not parsed.host:
-        raise ValueError("not an http:// or https:// URL: give one like http://127.0.0.1:8000/api")
-    if parsed.userinfo or parsed.query or parsed.fragment:
-        raise ValueError("a URL with a user, a query or a fragment: the API key is a setting of its own")
-    path = parsed.path.rstrip("/")
-    return parsed.copy_with(path=path if path.endswith("/api") else f"{path}/api")
-
-
-def _too_deep(payload: str) -> bool:
-    """Whether Go would refuse the payload's nesting. Counting brackets rules it out for almost all."""
-    if len(payload) <= MAX_DEPTH or payload.count("[") + payload.count("{") <= MAX_DEPTH:
-        return False
-    depths = accumulate(1 if bracket in "[{" else -1 for bracket in re.findall(r"[][{}]", _STRINGS.sub("", payload)))
-    return max(depths, default=0) > MAX_DEPTH
-
-
 def _read(response: httpx.Response, limit: int) -> bytes | None:
     chunks: list[bytes] = []
     size = 0
@@ -236,31 +189,3 @@ def _read(response: httpx.Response, limit: int) -> bytes | None:
             return None
         chunks.append(chunk)
     return b"".join(chunks)
-
-
-_STATUS_HINTS: Final = {
-    401: "the API key is wrong",
-    403: "the API key is wrong, or a proxy forbids the request",
-    404: "no API here: is this the address of Centrifugo's server API (its internal port, if it has one)?",
-    413: "a proxy in between limits the size of requests",
-    429: "too many requests",
-}
-
-
-_CUT: Final = 1
-# Statuses that speak of the key, the address, or the time.
-_NOT_THE_REQUEST: Final = frozenset({401, 404, 405, 407, 408, 421, 425, 429, 503, 504})
-
-
-def _status_outage(response: httpx.Response) -> Outage:
-    status = response.status_code
-    if response.has_redirect_location:
-        return Outage(f"HTTP {status}: a redirect, not followed because the API key would follow it")
-    hint = _STATUS_HINTS.get(status)
-    verdict = 0 if status in _NOT_THE_REQUEST else status
-    return Outage(f"HTTP {status}: {hint}" if hint else f"HTTP {status}", _retry_after(response), verdict)
-
-
-def _retry_after(response: httpx.Response) -> float | None:
-    value = response.headers.get("Retry-After", "")
-    return float(value) if value.isascii() and value.isdigit() else None

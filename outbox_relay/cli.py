@@ -37,7 +37,7 @@ from outbox_relay.config import Settings
 
 if TYPE_CHECKING:
     from outbox_relay.doctor import Finding
-    from outbox_relay.relay import Ended, Relay
+    from outbox_relay.runner import Ended, Relay
 
 EXIT_ONLY_HELD: Final = 3
 EXIT_HARD_STOP: Final = 130
@@ -123,7 +123,7 @@ def run(  # noqa: PLR0917 - Typer's options are keywords
     ) as settings:
         configuration.need(settings, "database_url", "centrifugo_url", "centrifugo_api_key")
         from outbox_relay.build import build_publisher, monitored_relay
-        from outbox_relay.relay import Ended
+        from outbox_relay.runner import Ended
 
         build_publisher(settings).close()
         _give_big_blocks_back()

@@ -11,9 +11,9 @@ from psycopg import sql
 
 from outbox_relay import migrations
 from outbox_relay.build import build_publisher
-from outbox_relay.centrifugo import api_url
 from outbox_relay.config import Settings
 from outbox_relay.database import DatabaseUnavailableError, connect
+from outbox_relay.endpoint import api_url
 from outbox_relay.outbox import LANES
 
 OLDEST_POSTGRESQL: Final = 14

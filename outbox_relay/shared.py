@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Final, Protocol
 
 from outbox_relay.event import Event, Outage, boottime
 from outbox_relay.health import Progress
 from outbox_relay.log import get_logger
-from outbox_relay.outcome import Settlement, backoff, namespace
+from outbox_relay.outcome import SUPERSEDED, GivenUp, Held, Owed, Settlement, backoff, namespace
 from outbox_relay.store import Clock
 from outbox_relay.suspects import Suspects
 from outbox_relay.versions import Versions
@@ -141,3 +141,20 @@ class Shared:
                 version=event.version,
                 version_before=version_before,
             )
+
+
+def log_outcomes(delivered: int, settlements: Iterable[Settlement]) -> None:
+    """One line for each event that is not plainly delivered."""
+    for event, outcome, _ in settlements:
+        about = {"event_id": event.id, "aggregate_type": event.aggregate_type, "aggregate_id": event.aggregate_id}
+        match outcome:
+            case Held():
+                log.warning("event refused, its aggregate waits", **about, **asdict(outcome))
+            case Owed(error=error):
+                log.error("event is given up, its channels are told", **about, error=error)
+            case GivenUp(state="dead", error=error):
+                log.error("event is dead", **about, error=error)
+            case GivenUp(state=state, error=error) if outcome is not SUPERSEDED:
+                log.info(f"event is {state}", **about, error=error)
+    if delivered:
+        log.debug("delivered", events=delivered)

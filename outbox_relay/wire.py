@@ -6,8 +6,10 @@ Payload and tags are spliced in as they are, never parsed.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from hashlib import blake2b
+from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
 from outbox_relay.event import ACCEPTED, OVERTAKEN, Event, Refusal, Reply
@@ -18,6 +20,9 @@ WIRE_VERSION: Final = "1"
 # Bad requests, answered without asking.
 TOO_DEEP: Final = {"code": 107, "message": "not sent: the payload is nested too deeply for Centrifugo's decoder"}
 NO_STATE: Final = {"code": 107, "message": "not sent: this channel takes snapshots and tombstones, no changes"}
+MAX_DEPTH: Final = 9_990
+"""Go's JSON decoder refuses more than 10,000 levels, the batch's own included, and with them the whole batch."""
+_STRINGS: Final = re.compile(r'"(?:[^"\\]|\\.)*"')
 _quote: Final = json.encoder.encode_basestring
 
 Refuse = Callable[[str, Mapping[str, Any]], Refusal]
@@ -110,6 +115,14 @@ def replies(events: Sequence[Event], asked: Sequence[Command], answers: Sequence
             everywhere = overtaken.count(n) == len(event.channels) if overtaken else False
             outcomes.append(OVERTAKEN if everywhere else ACCEPTED)
     return outcomes
+
+
+def too_deep_for_go(payload: str) -> bool:
+    """Whether Go would refuse the payload's nesting. Counting brackets rules it out for almost all."""
+    if len(payload) <= MAX_DEPTH or payload.count("[") + payload.count("{") <= MAX_DEPTH:
+        return False
+    depths = accumulate(1 if bracket in "[{" else -1 for bracket in re.findall(r"[][{}]", _STRINGS.sub("", payload)))
+    return max(depths, default=0) > MAX_DEPTH
 
 
 def channel_errors(channels: Sequence[str], answer: Any) -> list[tuple[str, Any]]:

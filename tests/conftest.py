@@ -22,8 +22,9 @@ from outbox_relay.centrifugo import Centrifugo as Publisher
 from outbox_relay.embedded.centrifugo import Centrifugo, find_or_build
 from outbox_relay.embedded.postgres import Postgres
 from outbox_relay.migrations import migrate
+from outbox_relay.options import Options
 from outbox_relay.outcome import Policy
-from outbox_relay.relay import Ended, Options, Relay
+from outbox_relay.runner import Ended, Relay
 from outbox_relay.store import Store
 from tests.support.browser import chromium
 from tests.support.gateway import Gateway

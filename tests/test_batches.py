@@ -6,13 +6,14 @@ from contextlib import closing
 
 import pytest
 
-from outbox_relay import relay
+from outbox_relay import runner
 from outbox_relay.centrifugo import Centrifugo as Publisher
 from outbox_relay.database import DatabaseUnavailableError
 from outbox_relay.embedded.centrifugo import Centrifugo
+from outbox_relay.options import Options
 from outbox_relay.outcome import Policy
 from outbox_relay.packing import Limits
-from outbox_relay.relay import Ended, Options, Relay
+from outbox_relay.runner import Ended, Relay
 from outbox_relay.store import Store
 from tests.conftest import Connect
 from tests.support.gateway import Exchange, Gateway, refuse
@@ -193,7 +194,7 @@ def test_a_database_that_is_away_is_asked_less_and_less_often(
             lost.stop()
         return 0.0
 
-    monkeypatch.setattr(relay, "backoff", at_once)
+    monkeypatch.setattr(runner, "backoff", at_once)
     lost = Relay(no_store, lambda: publisher, Options(workers=1))
     assert lost.run() is Ended.STOPPED
     assert tries == [1, 2, 3, 4, 5]

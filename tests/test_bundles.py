@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from outbox_relay.centrifugo import Centrifugo as Publisher
 from outbox_relay.embedded.centrifugo import DEFAULT_CONFIG, Centrifugo
 from outbox_relay.event import Event, Refusal
+from outbox_relay.options import Options
 from outbox_relay.outcome import Policy
 from outbox_relay.packing import ENTRY_BYTES, Limits, Wire, waves
-from outbox_relay.relay import Options
 from outbox_relay.wire import Command, commands, encode_commands, replies
 from tests.conftest import Connect
 from tests.support.gateway import Gateway

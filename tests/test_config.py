@@ -9,7 +9,7 @@ import pytest
 
 from outbox_relay.build import options
 from outbox_relay.config import ConfigError, api_key_now, load, load_with_sources, need
-from outbox_relay.relay import Options
+from outbox_relay.options import Options
 
 CANARY = "c4nary"
 

@@ -9,8 +9,9 @@ import pytest
 
 from outbox_relay.centrifugo import Centrifugo as Publisher
 from outbox_relay.embedded.centrifugo import DEFAULT_CONFIG, Centrifugo
+from outbox_relay.options import Options
 from outbox_relay.outcome import Policy
-from outbox_relay.relay import Options, Relay
+from outbox_relay.runner import Relay
 from outbox_relay.store import Store
 from tests.conftest import Connect
 from tests.support.gateway import Gateway

@@ -24,9 +24,10 @@ from outbox_relay.embedded.centrifugo import Centrifugo
 from outbox_relay.embedded.postgres import Postgres
 from outbox_relay.event import Event
 from outbox_relay.migrations import migrate
+from outbox_relay.options import Options
 from outbox_relay.outcome import Settlement
 from outbox_relay.packing import Limits
-from outbox_relay.relay import Ended, Options, Relay
+from outbox_relay.runner import Ended, Relay
 from outbox_relay.shared import Unobserved
 from outbox_relay.store import Store
 from tests.conftest import database, in_database, sqlalchemy_engine

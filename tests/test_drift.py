@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from outbox_relay import cli
 from outbox_relay.drift import Drift, Source, find
 from outbox_relay.operator import OperatorError
-from outbox_relay.relay import Ended
+from outbox_relay.runner import Ended
 from tests.conftest import Connect, RunRelay
 from tests.support.writing import write
 

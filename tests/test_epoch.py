@@ -23,7 +23,7 @@ from outbox_relay import Outbox, cli, epoch
 from outbox_relay.embedded.postgres import Postgres
 from outbox_relay.migrations import migrate
 from outbox_relay.operator import Operator
-from outbox_relay.relay import Ended
+from outbox_relay.runner import Ended
 from tests.conftest import Connect, MakeRelay, RunRelay, database, in_database, sqlalchemy_engine
 from tests.support.gateway import Exchange, Gateway
 from tests.support.relays import drain

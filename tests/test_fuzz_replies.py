@@ -25,8 +25,8 @@ import pytest
 from outbox_relay.centrifugo import Centrifugo as Publisher
 from outbox_relay.embedded.centrifugo import Centrifugo
 from outbox_relay.event import ACCEPTED, Event, Outage, Reply
+from outbox_relay.options import Options
 from outbox_relay.outcome import Policy
-from outbox_relay.relay import Options
 from tests.conftest import Connect
 from tests.support.gateway import Exchange, Gateway
 from tests.support.oracle import Fact, violations

@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 import pytest
 
 from outbox_relay.event import Event
-from outbox_relay.relay import Ended
+from outbox_relay.runner import Ended
 from outbox_relay.store import Store
 from outbox_relay.wire import encode_batch
 from tests.conftest import Connect, RunRelay

@@ -11,8 +11,8 @@ import pytest
 from outbox_relay.centrifugo import Centrifugo as Publisher
 from outbox_relay.embedded.centrifugo import DEFAULT_CONFIG, Centrifugo
 from outbox_relay.operator import Operator
+from outbox_relay.options import Options
 from outbox_relay.outcome import Policy
-from outbox_relay.relay import Options
 from tests.conftest import Connect, RunRelay
 from tests.support.gateway import Command, Gateway, refuse
 from tests.support.stepping import Stepper

@@ -14,8 +14,9 @@ import pytest
 
 from outbox_relay.centrifugo import Centrifugo as Publisher
 from outbox_relay.embedded.centrifugo import Centrifugo
+from outbox_relay.options import Options
 from outbox_relay.outcome import Policy
-from outbox_relay.relay import Ended, Options
+from outbox_relay.runner import Ended
 from tests.conftest import Connect, MakeRelay, RunRelay
 from tests.support.gateway import Exchange, Fault, Gateway
 from tests.support.oracle import violations

@@ -16,8 +16,9 @@ from psycopg import sql
 from outbox_relay.database import DatabaseUnavailableError
 from outbox_relay.embedded.postgres import Postgres
 from outbox_relay.migrations import migrate
+from outbox_relay.options import Options
 from outbox_relay.outbox import Outbox
-from outbox_relay.relay import Ended, Options
+from outbox_relay.runner import Ended
 from outbox_relay.store import Store
 from tests.conftest import Connect, MakeRelay, RunRelay, sqlalchemy_engine
 from tests.support.gateway import Exchange, Gateway

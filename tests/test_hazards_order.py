@@ -11,7 +11,8 @@ import psycopg
 import pytest
 
 from outbox_relay.event import Event
-from outbox_relay.relay import Ended, Options
+from outbox_relay.options import Options
+from outbox_relay.runner import Ended
 from outbox_relay.store import Store
 from tests.conftest import Connect, RunRelay
 from tests.support.oracle import Fact, violations

@@ -9,8 +9,9 @@ import psycopg
 import pytest
 
 from outbox_relay.embedded.centrifugo import DEFAULT_CONFIG, Centrifugo
+from outbox_relay.options import Options
 from outbox_relay.packing import Limits
-from outbox_relay.relay import Ended, Options
+from outbox_relay.runner import Ended
 from tests.conftest import Connect, MakeRelay, RunRelay, StartRelay
 from tests.support.gateway import Gateway
 from tests.support.subscriber import Subscriber

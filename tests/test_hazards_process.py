@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from outbox_relay.relay import Ended
+from outbox_relay.runner import Ended
 from tests.conftest import Connect, MakeRelay, RunRelay, StartRelay
 from tests.support.failpoints import arm
 from tests.support.gateway import Exchange, Gateway
@@ -231,7 +231,7 @@ def test_hazard_47_a_second_sigterm_stops_hard_and_loses_nothing(
 DEAF = """
 import signal, threading
 from outbox_relay.cli import _run_until_signal
-from outbox_relay.relay import Ended
+from outbox_relay.runner import Ended
 
 class Relay:
     def __init__(self):

@@ -27,7 +27,8 @@ from outbox_relay.embedded.centrifugo import Centrifugo
 from outbox_relay.embedded.postgres import Postgres, find_binaries
 from outbox_relay.event import ACCEPTED, Event, Outage, boottime
 from outbox_relay.migrations import migrate
-from outbox_relay.relay import Ended, Options
+from outbox_relay.options import Options
+from outbox_relay.runner import Ended
 from outbox_relay.store import Store
 from tests.conftest import Connect, MakeRelay, RunRelay, database, in_database, sqlalchemy_engine
 from tests.support.gateway import Exchange, Fault, Gateway, refuse

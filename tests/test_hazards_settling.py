@@ -16,7 +16,7 @@ import pytest
 import sqlalchemy as sa
 from psycopg import sql
 
-from outbox_relay.relay import Options
+from outbox_relay.options import Options
 from tests.conftest import Connect, MakeRelay
 from tests.support.gateway import Exchange, Gateway
 from tests.support.oracle import violations

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import pytest
 
 from outbox_relay.embedded.centrifugo import DEFAULT_CONFIG, Centrifugo
+from outbox_relay.options import Options
 from outbox_relay.outcome import Policy
-from outbox_relay.relay import Ended, Options
+from outbox_relay.runner import Ended
 from outbox_relay.store import Store
 from tests.conftest import Connect, MakeRelay, RunRelay, StartRelay
 from tests.support.gateway import Command, Exchange, Gateway, refuse

@@ -17,7 +17,7 @@ from outbox_relay import Outbox
 from outbox_relay.cli import app
 from outbox_relay.embedded.centrifugo import Centrifugo
 from outbox_relay.migrations import migrate
-from outbox_relay.relay import Ended
+from outbox_relay.runner import Ended
 from outbox_relay.store import Store
 from tests.conftest import Connect, RunRelay, StartRelay, sqlalchemy_engine
 from tests.support.gateway import Gateway, refuse

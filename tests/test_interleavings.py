@@ -20,8 +20,9 @@ from outbox_relay import operator as operator_room
 from outbox_relay import start_hint
 from outbox_relay.event import ACCEPTED, Event, Hold, Outage, Refusal, Reply
 from outbox_relay.operator import Operator
+from outbox_relay.options import Options
 from outbox_relay.outcome import Policy, Settlement
-from outbox_relay.relay import Options, Worker
+from outbox_relay.relay import Worker
 from outbox_relay.shared import Pause, Shared
 from outbox_relay.store import Batch, Lane, Store
 from tests.support.interleaving import Actor, Gate, Stage, interleavings

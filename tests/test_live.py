@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from outbox_relay.embedded.centrifugo import Centrifugo
+from outbox_relay.options import Options
 from outbox_relay.packing import Wire
-from outbox_relay.relay import Options
 from tests.conftest import Connect, RunRelay
 from tests.support.pages import NodePage, OpenPage, Page, PythonPage, let_close
 from tests.support.shop import Order, Shop, Website

@@ -30,8 +30,9 @@ from outbox_relay.health import Health
 from outbox_relay.metrics import BacklogCollector, HealthCollector, Histogram, Metrics, registry
 from outbox_relay.migrations import migrate
 from outbox_relay.monitor import CLIENTS, Monitor
+from outbox_relay.options import Options
 from outbox_relay.outcome import SUPERSEDED, UNSETTLED, GivenUp, Held, Outcome, Owed, Policy, Settlement
-from outbox_relay.relay import Options, Relay
+from outbox_relay.runner import Relay
 from outbox_relay.store import Store
 from outbox_relay.upkeep import COUNT_LIMIT
 from tests.conftest import Connect, StartRelay, sqlalchemy_engine

@@ -20,7 +20,7 @@ from psycopg import sql
 from alembic import command
 from outbox_relay import migrations
 from outbox_relay.migrations import VERSION_TABLE, MigrationError, migrate, offline_sql, plain_sql
-from outbox_relay.relay import Ended
+from outbox_relay.runner import Ended
 from tests.conftest import Connect, RunRelay, database, in_database, sqlalchemy_engine
 from tests.support.programs import psql, schema_dump
 from tests.support.subscriber import Subscriber

@@ -15,8 +15,9 @@ from outbox_relay import operator as operator_room
 from outbox_relay.database import DatabaseUnavailableError
 from outbox_relay.embedded.centrifugo import Centrifugo
 from outbox_relay.operator import EventRow, Filter, Operator, OperatorError
+from outbox_relay.options import Options
 from outbox_relay.outcome import Policy
-from outbox_relay.relay import Ended, Options
+from outbox_relay.runner import Ended
 from tests.conftest import Connect, MakeRelay, RunRelay
 from tests.support.gateway import Command, Gateway, refuse
 from tests.support.subscriber import Subscriber

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from outbox_relay.embedded.centrifugo import Centrifugo
-from outbox_relay.relay import Options
+from outbox_relay.options import Options
 from tests.conftest import Connect, MakeRelay
 from tests.support.gateway import Exchange, Fault, Gateway, drip
 from tests.support.oracle import Fact, violations

@@ -15,8 +15,8 @@ import pytest
 
 from outbox_relay.database import DatabaseUnavailableError
 from outbox_relay.operator import Operator
+from outbox_relay.options import Options
 from outbox_relay.outcome import Policy
-from outbox_relay.relay import Options
 from outbox_relay.store import Store
 from tests.conftest import Connect, MakeRelay, StartRelay
 from tests.support.gateway import Gateway, refuse

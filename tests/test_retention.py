@@ -13,7 +13,7 @@ from psycopg import sql
 from outbox_relay import store as store_room
 from outbox_relay import upkeep
 from outbox_relay.operator import Operator
-from outbox_relay.relay import Options
+from outbox_relay.options import Options
 from outbox_relay.store import Store
 from tests.conftest import Connect, MakeRelay, StartRelay
 from tests.support.subscriber import Subscriber

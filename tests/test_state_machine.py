@@ -23,9 +23,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from outbox_relay.database import DatabaseUnavailableError
 from outbox_relay.event import ACCEPTED, Event, Hold, Outage, Refusal, Reply
+from outbox_relay.options import Options
 from outbox_relay.outcome import INTERNAL, PERMANENT, GivenUp, Held, Policy, Settlement, namespace
 from outbox_relay.packing import Limits
-from outbox_relay.relay import Options, Worker
+from outbox_relay.relay import Worker
 from outbox_relay.shared import Pause, Shared
 from outbox_relay.store import Batch, Claim, Clock, Lane, Store
 

@@ -24,7 +24,7 @@ from outbox_relay.embedded.centrifugo import Centrifugo
 from outbox_relay.embedded.postgres import Postgres
 from outbox_relay.event import Outage
 from outbox_relay.migrations import migrate
-from outbox_relay.relay import Ended
+from outbox_relay.runner import Ended
 from outbox_relay.store import Store
 from tests.conftest import MakeRelay, RunRelay, sqlalchemy_engine
 from tests.support.authority import Authority, Certificate, centrifugo_with

@@ -15,9 +15,9 @@ import pytest
 from outbox_relay.centrifugo import Centrifugo as Publisher
 from outbox_relay.embedded.centrifugo import DEFAULT_CONFIG, Centrifugo
 from outbox_relay.event import ACCEPTED, OVERTAKEN, Event
+from outbox_relay.options import Options
 from outbox_relay.outcome import Policy
 from outbox_relay.packing import Wire
-from outbox_relay.relay import Options
 from outbox_relay.wire import commands
 from tests.conftest import Connect
 from tests.support.gateway import Gateway

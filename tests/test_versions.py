@@ -8,7 +8,8 @@ from outbox_relay.centrifugo import Centrifugo as Publisher
 from outbox_relay.embedded.centrifugo import Centrifugo
 from outbox_relay.event import Event
 from outbox_relay.metrics import Metrics
-from outbox_relay.relay import Options, Relay
+from outbox_relay.options import Options
+from outbox_relay.runner import Relay
 from outbox_relay.store import Store
 from outbox_relay.versions import Versions
 from tests.conftest import Connect, StartRelay

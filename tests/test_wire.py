@@ -18,12 +18,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from outbox_relay.centrifugo import MAX_DEPTH, api_url
 from outbox_relay.centrifugo import Centrifugo as Publisher
 from outbox_relay.embedded.centrifugo import Centrifugo
+from outbox_relay.endpoint import api_url
 from outbox_relay.event import ACCEPTED, Event, Outage, Refusal, Reply
 from outbox_relay.packing import Limits, waves
-from outbox_relay.wire import encode_batch
+from outbox_relay.wire import MAX_DEPTH, encode_batch
 from tests.support.gateway import Exchange, Fault, Gateway, drip
 from tests.support.subscriber import Subscriber, items, members
 from tests.support.waiting import in_background

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from outbox_relay.relay import Ended, Relay
+from outbox_relay.runner import Ended, Relay
 from tests.support.waiting import PATIENCE, wait_until
 
 

@@ -9,7 +9,8 @@ import psycopg
 
 from outbox_relay.centrifugo import Centrifugo
 from outbox_relay.event import Outage, boottime
-from outbox_relay.relay import Options, Worker
+from outbox_relay.options import Options
+from outbox_relay.relay import Worker
 from outbox_relay.shared import Pause, Shared, Unobserved
 from outbox_relay.store import Store
 
