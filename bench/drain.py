@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import psycopg
 
@@ -27,6 +27,16 @@ from outbox_relay.embedded.postgres import Postgres
 from tests.support.redis import Redis
 
 START_SECONDS: Final = 30.0
+
+
+class Newest(NamedTuple):
+    """Of snapshots only the last one of each object matters: the time until all have arrived counts, in seconds.
+
+    `objects` have each been written `version` times.
+    """
+
+    objects: int
+    version: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +59,13 @@ class Drain:
     """Seconds between relay and Centrifugo; 0 is loopback, without the proxy."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Of the relay, where they are not as shipped."""
+    newest: Newest | None = None
 
     def __call__(self) -> Sample:
         with ExitStack() as stack:
             url = stack.enter_context(stage.database(self.postgres, self.template))
             server = stack.enter_context(fresh_centrifugo(self.centrifugo, self.redis))
-            witness = stack.enter_context(Witness(server.ws_url, load.channels(self.namespace), self.events))
+            witness = stack.enter_context(_witness(server, self.namespace, self.events, self.newest))
             parts = {"postgresql": [self.postgres.pid], "centrifugo": [server.pid], "witness": [witness.pid]}
             parts |= redis_part(self.redis)
             api_url = server.api_url
@@ -65,7 +76,7 @@ class Drain:
                 with lanes_locked(url):
                     wait_for_workers(url, self.processes * self.settings.get("workers", Settings.workers))
                     costs = Costs({**parts, "relay": relay.pids})
-                sample = watched(witness, costs, self.events)
+                sample = watched(witness, costs, self.events, newest=self.newest)
             check_settled(url)
         return sample
 
@@ -81,6 +92,7 @@ class ConsumerDrain:
     consumer: Consumer
     redis: Redis | None = None
     namespace: str = "plain"
+    newest: Newest | None = None
 
     def __call__(self) -> Sample:
         with ExitStack() as stack:
@@ -88,12 +100,12 @@ class ConsumerDrain:
             gate = stack.enter_context(psycopg.connect(url))
             gate.execute("LOCK TABLE centrifugo_outbox IN ACCESS EXCLUSIVE MODE")
             server = stack.enter_context(fresh_centrifugo(self.centrifugo, self.redis, [self.consumer.config(url)]))
-            witness = stack.enter_context(Witness(server.ws_url, load.channels(self.namespace), self.events))
+            witness = stack.enter_context(_witness(server, self.namespace, self.events, self.newest))
             _wait_for_waiters(gate, self.consumer.partitions)
             parts = {"postgresql": [self.postgres.pid], "centrifugo": [server.pid], "witness": [witness.pid]}
             costs = Costs(parts | redis_part(self.redis))
             gate.commit()
-            sample = watched(witness, costs, self.events)
+            sample = watched(witness, costs, self.events, newest=self.newest)
             _check_empty(gate)
         return sample
 
@@ -117,11 +129,11 @@ class Costs:
     def __init__(self, parts: Mapping[str, list[int]]) -> None:
         self._parts = parts
         self._before = self._seconds()
-        self._started = time.monotonic()
+        self.started = time.monotonic()
 
     def per(self, events: int) -> dict[str, float]:
         """Figures: microseconds per event of each part as `…_us`, and how many cores all of them kept busy."""
-        elapsed = time.monotonic() - self._started
+        elapsed = time.monotonic() - self.started
         spent = {part: seconds - self._before[part] for part, seconds in self._seconds().items()}
         figures = {f"{part}_us": seconds / events * 1e6 for part, seconds in spent.items()}
         return {**figures, "busy_cores": sum(spent.values()) / elapsed}
@@ -130,12 +142,26 @@ class Costs:
         return {part: stage.cpu(*pids) for part, pids in self._parts.items()}
 
 
-def watched(witness: Witness, costs: Costs, events: int, *, strict: bool = True) -> Sample:
-    """Wait until the witness has all, and check that: events per second, with the costs."""
+def _witness(server: Centrifugo, namespace: str, events: int, newest: Newest | None) -> Witness:
+    if newest is None:
+        return Witness(server.ws_url, load.channels(namespace), events)
+    return Witness(server.ws_url, load.channels(namespace), newest.objects, newest=newest.version)
+
+
+def watched(
+    witness: Witness, costs: Costs, events: int, *, strict: bool = True, newest: Newest | None = None
+) -> Sample:
+    """Wait until the witness has all, and check that: events per second, with the costs.
+
+    Where the newest alone count, it is the seconds since the costs began.
+    """
     witness.finished()
     figures = costs.per(events)
     seen = witness.wait(strict=strict, arrived=True)
-    return Sample(seen.rate, {**figures, "duplicates": seen.duplicates, "out_of_order": seen.inverted})
+    figures |= {"duplicates": seen.duplicates, "out_of_order": seen.inverted}
+    if newest is None:
+        return Sample(seen.rate, figures)
+    return Sample(seen.last_at - costs.started, {**figures, "received": seen.received})
 
 
 @contextmanager
@@ -166,9 +192,11 @@ def _workers(connection: psycopg.Connection[Any]) -> int:
 
 
 def check_settled(url: str) -> None:
-    """Raise WrongRunError if an event is left that is not delivered."""
+    """Raise WrongRunError if an event is left that is neither delivered nor superseded."""
     with psycopg.connect(url) as connection:
-        [(left,)] = connection.execute("SELECT count(*) FROM outbox WHERE state <> 'delivered'").fetchall()
+        [(left,)] = connection.execute(
+            "SELECT count(*) FROM outbox WHERE state NOT IN ('delivered', 'superseded')"
+        ).fetchall()
     if left:
         raise WrongRunError(f"{left} events were received and not settled")
 

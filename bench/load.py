@@ -16,7 +16,7 @@ AGGREGATES: Final = 10_000
 CHANNELS: Final = 100
 PAYLOAD_BYTES: Final = 200
 
-# Both take %(events)s, %(aggregates)s, %(namespace)s. Version n of an aggregate is its n-th row.
+# All take %(events)s, %(aggregates)s, %(namespace)s, %(kind)s. Version n of an aggregate is its n-th row.
 _SOURCE: Final = f"""
     SELECT n, n %% %(aggregates)s AS aggregate, 1 + n / %(aggregates)s AS version,
            %(namespace)s || ':' || (n %% %(aggregates)s %% {CHANNELS}) AS channel
@@ -26,8 +26,9 @@ PAYLOAD: Final = f"""('{{"n":' || n || ',"text":"' || repeat('x', {PAYLOAD_BYTES
 """SQL of `{"n":12,"text":"…"}`, padded to PAYLOAD_BYTES."""
 
 _OURS: Final = f"""
-INSERT INTO outbox (aggregate_type, aggregate_id, version, channels, payload)
-SELECT 'order', aggregate::text, version, ARRAY[channel], {PAYLOAD}::json FROM ({_SOURCE}) AS s ORDER BY n
+INSERT INTO outbox (aggregate_type, aggregate_id, version, kind, channels, payload)
+SELECT 'order', aggregate::text, version, %(kind)s::text::outbox_kind, ARRAY[channel], {PAYLOAD}::json
+FROM ({_SOURCE}) AS s ORDER BY n
 """
 
 CENTRIFUGO_DDL: Final = """
@@ -51,7 +52,7 @@ EPOCH: Final = "0a4ee8b53e0d4e42"
 _PUBLISH: Final = f"""
 json_build_object('channel', channel, 'data', {PAYLOAD}::json, 'idempotency_key', event_id || ':' || n,
     'tags', json_build_object('ob', '1', 'ob_type', 'order', 'ob_id', aggregate::text, 'ob_version', version::text,
-                              'ob_event', event_id, 'ob_kind', 'change', 'ob_epoch', '{EPOCH}'))
+                              'ob_event', event_id, 'ob_kind', %(kind)s::text, 'ob_epoch', '{EPOCH}'))
 """
 
 _CENTRIFUGO: Final = f"""
@@ -70,30 +71,39 @@ def channels(namespace: str) -> list[str]:
     return [f"{namespace}:{n}" for n in range(CHANNELS)]
 
 
-def fill_ours(url: str, events: int, namespace: str, aggregates: int = AGGREGATES) -> None:
+def fill_ours(url: str, events: int, namespace: str, aggregates: int = AGGREGATES, kind: str = "change") -> None:
     """Migrate a database and commit events in its outbox."""
     engine = sa.create_engine(sa.make_url(url).set(drivername="postgresql+psycopg"), poolclass=sa.NullPool)
     migrate(engine)
     with psycopg.connect(url) as connection:
-        connection.execute(_OURS, {"events": events, "namespace": namespace, "aggregates": aggregates})
+        connection.execute(_OURS, _parameters(events, namespace, aggregates, kind))
 
 
 def fill_centrifugo(
-    url: str, events: int, namespace: str, partitions: int, *, index: bool, aggregates: int = AGGREGATES
+    url: str,
+    events: int,
+    namespace: str,
+    partitions: int,
+    *,
+    index: bool,
+    aggregates: int = AGGREGATES,
+    kind: str = "change",
 ) -> None:
     """Make Centrifugo's own outbox table and commit the same events in it."""
     with psycopg.connect(url) as connection:
         connection.execute(CENTRIFUGO_DDL)
         if index:
             connection.execute(CENTRIFUGO_INDEX)
-        connection.execute(
-            _CENTRIFUGO,
-            {"events": events, "namespace": namespace, "partitions": partitions, "aggregates": aggregates},
-        )
+        parameters = _parameters(events, namespace, aggregates, kind)
+        connection.execute(_CENTRIFUGO, {**parameters, "partitions": partitions})
 
 
 def requests(url: str, events: int, namespace: str, aggregates: int = AGGREGATES) -> list[str]:
     """The same events as bodies of Centrifugo's `/api/publish`, for sides without a database."""
     with psycopg.connect(url) as connection:
-        parameters = {"events": events, "namespace": namespace, "aggregates": aggregates}
+        parameters = _parameters(events, namespace, aggregates, "change")
         return [text for (text,) in connection.execute(_REQUESTS, parameters)]
+
+
+def _parameters(events: int, namespace: str, aggregates: int, kind: str) -> dict[str, object]:
+    return {"events": events, "namespace": namespace, "aggregates": aggregates, "kind": kind}

@@ -31,6 +31,7 @@ ORDER: Final = (
     "flat",
     "cold",
     "hot",
+    "conflation",
     "idle",
     "scale",
     "take_over",

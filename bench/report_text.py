@@ -56,9 +56,14 @@ and an event refused for another reason is dropped.""",
 This relay alone: the latency of aggregates that have little to say, beside one that has a backlog, against the same
 without it. Those that share the hot one's lane, one in 256, wait for its events and have a row of their own.""",
     "hot": """\
-One aggregate: in strict order every event waits for the answer to the one before. Centrifugo's consumer publishes its
+One aggregate: in strict order every event waits for the answer to the one before, unless they travel in a bundle,
+which its subscribers must take apart (`bundle_events = 500` here). Centrifugo's consumer publishes its
 partition's rows one after the other without leaving its process; an event that Centrifugo refuses is dropped, and its
 successors follow.""",
+    "conflation": """\
+Snapshots of 1,000 objects that piled up while nobody published: the seconds until the last one of every object has
+arrived. The relay was told to conflate this type: of an object's snapshots that it reads together it sends the last.
+Centrifugo's consumer publishes every one of them.""",
     "idle": """\
 This relay alone: what it costs while it has nothing to do or cannot do it, and how much memory it takes.""",
     "scale": """\

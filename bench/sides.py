@@ -28,8 +28,8 @@ STOP_SECONDS = 20
 class OurRelay:
     """`outbox-relay run`, `processes` times, from the start of the `with` block to its end.
 
-    `settings` are named as in `outbox_relay.config.Settings`; everything else is as shipped. `api_url` may be a
-    proxy's in front of `server`.
+    `settings` are named as in `outbox_relay.config.Settings`; everything else is as shipped. Those of types and of
+    namespaces are mappings, by name. `api_url` may be a proxy's in front of `server`.
     """
 
     def __init__(
@@ -48,6 +48,10 @@ class OurRelay:
             "log_level": "warning",
             **(settings or {}),
         }
+        self._folder = tempfile.TemporaryDirectory(prefix="outbox-relay-bench-")
+        file = Path(self._folder.name) / "outbox-relay.toml"
+        file.write_text(_tables({name: value for name, value in own.items() if isinstance(value, Mapping)}))
+        own = {"config": file} | {name: value for name, value in own.items() if not isinstance(value, Mapping)}
         foreign = {name: value for name, value in os.environ.items() if not name.startswith("OUTBOX_RELAY_")}
         self._environment = foreign | {f"OUTBOX_RELAY_{name.upper()}": str(value) for name, value in own.items()}
         self._count = processes
@@ -69,6 +73,7 @@ class OurRelay:
             for process in self.processes:
                 process.kill()
                 process.wait()
+            self._folder.cleanup()
         if error is None and any(status not in {0, -signal.SIGKILL} for status in statuses):
             raise WrongRunError(f"a relay ended with {statuses}")
 
@@ -86,6 +91,15 @@ class OurRelay:
         return subprocess.Popen(
             [sys.executable, "-m", "outbox_relay", "run"], env=self._environment, stdin=subprocess.DEVNULL
         )
+
+
+def _tables(settings: Mapping[str, Mapping[str, Mapping[str, object]]]) -> str:
+    """Settings by kind, name and setting, as TOML."""
+    return "".join(
+        f"[{kind}.{name}]\n" + "".join(f"{setting} = {json.dumps(value)}\n" for setting, value in own.items())
+        for kind, by_name in settings.items()
+        for name, own in by_name.items()
+    )
 
 
 def relay_settings(given: Mapping[str, object] | None = None) -> Mapping[str, object]:

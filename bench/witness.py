@@ -23,7 +23,8 @@ import orjson
 
 from bench.harness import WrongRunError
 
-_MARK: Final = b'"push":{"channel"'
+_MARK: Final = b'"ob_version":"'
+"""Once in a publication, and once for each event in a bundle."""
 
 
 class Seen(NamedTuple):
@@ -32,7 +33,7 @@ class Seen(NamedTuple):
     first_at: float
     last_at: float
     received: int
-    """Publications, duplicates included."""
+    """Events, duplicates included."""
     first_burst: int
     """How many of them came with the first bytes."""
     duplicates: int
@@ -50,14 +51,22 @@ class Seen(NamedTuple):
 
 
 class Witness:
-    """Subscribes from the start of the `with` block; `wait` returns what was seen of `events` publications.
+    """Subscribes from the start of the `with` block; `wait` returns what was seen of `events` events.
 
     Per aggregate versions must come as 1, 2, 3, …; the process checks that. `mid_stream`: as n, n + 1, n + 2, …,
     because others have seen those before. More may be pending than `events`: it leaves when it has seen as many.
+    `newest`: only that version of every aggregate counts, and what came before it need not be all, but must rise.
     """
 
     def __init__(
-        self, ws_url: str, channels: Sequence[str], events: int, *, seconds: float = 120.0, mid_stream: bool = False
+        self,
+        ws_url: str,
+        channels: Sequence[str],
+        events: int,
+        *,
+        seconds: float = 120.0,
+        mid_stream: bool = False,
+        newest: int | None = None,
     ) -> None:
         self._seconds = seconds
         request = {
@@ -66,6 +75,7 @@ class Witness:
             "events": events,
             "seconds": seconds,
             "mid_stream": mid_stream,
+            "newest": newest,
         }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.witness"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -125,10 +135,14 @@ class Witness:
 def _main() -> None:
     request = json.loads(sys.stdin.readline())
     connection = _connect(request["ws_url"])
-    record = _Record(connection, _subscribe(connection, request["channels"]), request["seconds"])
+    mark = _MARK if request["newest"] is None else b'%b%d"' % (_MARK, request["newest"])
+    record = _Record(connection, _subscribe(connection, request["channels"]), request["seconds"], mark)
     _say({"subscribed": True})
     events = record.until(request["events"])
     _say({"arrived": True})
+    if request["newest"] is not None:
+        _say(_judge_newest(record.chunks, events, request["newest"])._asdict())
+        return
     seen = _judge(record.chunks, events, mid_stream=request["mid_stream"])
     while seen.lost and not record.over:
         # Duplicates came in the place of events that may still be on their way.
@@ -189,10 +203,11 @@ Chunk = tuple[float, bytes]
 
 
 class _Record:
-    """The bytes of a connection with their times of arrival, for `seconds`; `received` publications are whole."""
+    """The bytes of a connection with their times of arrival, for `seconds`; `received` marks are in whole messages."""
 
-    def __init__(self, connection: socket.socket, received: bytes, seconds: float) -> None:
+    def __init__(self, connection: socket.socket, received: bytes, seconds: float, mark: bytes) -> None:
         self._connection = connection
+        self._mark = mark
         self._until = time.monotonic() + seconds
         self._open = True
         self._incomplete = b""
@@ -207,7 +222,7 @@ class _Record:
         return not self._open or time.monotonic() > self._until
 
     def until(self, events: int) -> int:
-        """Go on until as many publications are here, or all that are to be expected; returns how many had to be."""
+        """Go on until as many are here, or all that are to be expected; returns how many had to be."""
         while self.received < events and not self.over:
             try:
                 data = self._connection.recv(1 << 20)
@@ -228,7 +243,7 @@ class _Record:
         at = 0
         while (found := _message(data, at)) is not None:
             payload, at = found
-            self.received += payload.count(_MARK)
+            self.received += payload.count(self._mark)
         self._incomplete = data[at:]
 
 
@@ -265,7 +280,7 @@ def _message(data: bytes, at: int) -> tuple[bytes, int] | None:
 
 
 def _publications(chunks: Sequence[Chunk]) -> Iterator[tuple[float, dict[str, Any]]]:
-    """Every publication with the time at which its last byte was here."""
+    """Every publication with the time at which its last byte was here; a bundle as the publications it stands for."""
     data = b"".join(chunk for _, chunk in chunks)
     ends: list[tuple[int, float]] = []
     end = 0
@@ -280,7 +295,9 @@ def _publications(chunks: Sequence[Chunk]) -> Iterator[tuple[float, dict[str, An
         for line in payload.split(b"\n"):
             push = orjson.loads(line).get("push") if line else None
             if push and "pub" in push:
-                yield ends[position][1], push["pub"]
+                publication = push["pub"]
+                for each in publication["data"]["ob"] if "ob_bundle" in publication["tags"] else [publication]:
+                    yield ends[position][1], each
 
 
 def _judge(chunks: Sequence[Chunk], events: int, *, mid_stream: bool) -> Seen:
@@ -304,6 +321,34 @@ def _judge(chunks: Sequence[Chunk], events: int, *, mid_stream: bool) -> Seen:
         if isinstance(publication["data"], dict) and "sent_at" in publication["data"]:
             lags.append(at - publication["data"]["sent_at"])
             arrivals.append(at)
+    lost = max(0, events - len(seen))
+    return _seen(times, duplicates=duplicates, lost=lost, inverted=inverted, lags=lags, arrivals=arrivals)
+
+
+def _judge_newest(chunks: Sequence[Chunk], aggregates: int, version: int) -> Seen:
+    """Count the aggregates that have not come to this version, and versions that do not rise."""
+    newest: dict[str, int] = {}
+    duplicates = inverted = 0
+    times: list[float] = []
+    for at, publication in _publications(chunks):
+        times.append(at)
+        name, came = publication["tags"]["ob_id"], int(publication["tags"]["ob_version"])
+        duplicates += came == newest.get(name)
+        inverted += came < newest.get(name, 0)
+        newest[name] = max(came, newest.get(name, 0))
+    lost = aggregates - sum(came == version for came in newest.values())
+    return _seen(times, duplicates=duplicates, lost=lost, inverted=inverted)
+
+
+def _seen(
+    times: Sequence[float],
+    *,
+    duplicates: int,
+    lost: int,
+    inverted: int,
+    lags: list[float] | None = None,
+    arrivals: list[float] | None = None,
+) -> Seen:
     first = times[0] if times else 0.0
     return Seen(
         first_at=first,
@@ -311,10 +356,10 @@ def _judge(chunks: Sequence[Chunk], events: int, *, mid_stream: bool) -> Seen:
         received=len(times),
         first_burst=sum(at == first for at in times),
         duplicates=duplicates,
-        lost=max(0, events - len(seen)),
+        lost=lost,
         inverted=inverted,
-        lags=lags,
-        arrivals=arrivals,
+        lags=lags or [],
+        arrivals=arrivals or [],
     )
 
 

@@ -66,11 +66,11 @@ def waves(events: Sequence[Event], limits: Limits, wires: Wires | None = None) -
         aggregate = (event.aggregate_type, event.aggregate_id)
         n = next_of.get(aggregate, 0)
         if bundles:
-            n -= bundles.take(event)
+            n -= bundles.take(event, aggregate)
         while n < len(requests) and not (
             size <= room[n]
             and (bundles.fit(n, limits.events) if bundles else len(requests[n]) < limits.events)
-            and (not channels or all(used[n].get(channel, 0) + size <= limits.channel_bytes for channel in channels))
+            and (not channels or _room_in_channels(used[n], channels, size, limits))
         ):
             n += 1
         if n == len(requests):
@@ -87,6 +87,13 @@ def waves(events: Sequence[Event], limits: Limits, wires: Wires | None = None) -
     return requests
 
 
+def _room_in_channels(used: Mapping[str, int], channels: Sequence[str], size: int, limits: Limits) -> bool:
+    for channel in channels:  # noqa: SIM110 - a generator for each event costs as much as all else here
+        if used.get(channel, 0) + size > limits.channel_bytes:
+            return False
+    return True
+
+
 class _Bundles:
     """What the bundles of each request hold while they are filled, and the event that is to be packed now."""
 
@@ -96,22 +103,20 @@ class _Bundles:
         self._last: dict[tuple[str, str], list[str]] = {}  # an aggregate's last event: its channels, if all bundle it
         self._counts: list[dict[str, int]] = []  # events by channel that bundles, by request
         self._publications: list[int] = []  # by request
-        self._channels: list[str] = []
-        self._whole = False
+        self._known: list[str] = []  # channels of which is known
+        self._channels: list[str] = []  # those that bundle
+        self._whole = False  # and whether all of them do
 
-    def take(self, event: Event) -> bool:
+    def take(self, event: Event, aggregate: tuple[str, str]) -> bool:
         """Turn to an event, and say whether it may be in its predecessor's request: they share all their bundles."""
-        channels = event.unsent
+        channels = event.unsent if event.accepted else event.channels
         if event.tried:
-            self._channels, self._whole = [], False
-        else:
-            for channel in channels:
-                if channel not in self._bounds:
-                    self._bounds[channel] = bound_of(event, channel, self._wires)
-            self._channels = [channel for channel in channels if self._bounds[channel] > 1]
-            self._whole = len(self._channels) == len(channels)
-        together = self._whole and self._last.get(event.aggregate) == channels
-        self._last[event.aggregate] = channels if self._whole else []
+            self._channels, self._whole, self._known = [], False, []
+        elif channels != self._known:
+            self._channels = [channel for channel in channels if self._bound(channel) > 1]
+            self._whole, self._known = len(self._channels) == len(channels), channels
+        together = self._whole and self._last.get(aggregate) == channels
+        self._last[aggregate] = channels if self._whole else []
         return together
 
     def fit(self, n: int, limit: int) -> bool:
@@ -120,22 +125,27 @@ class _Bundles:
         for channel in self._channels:
             if counts.get(channel, 0) >= self._bounds[channel]:
                 return False
-        return self._publications[n] < limit or self._joins(counts)
+        return self._publications[n] < limit or (self._whole and all(channel in counts for channel in self._channels))
 
     def add(self, n: int) -> None:
         if n == len(self._counts):
             self._counts.append({})
             self._publications.append(0)
         counts = self._counts[n]
-        if not self._joins(counts):
-            self._publications[n] += 1
+        joins = self._whole
         for channel in self._channels:
-            counts[channel] = counts.get(channel, 0) + 1
+            count = counts.get(channel, 0)
+            joins = joins and count > 0
+            counts[channel] = count + 1
+        self._publications[n] += not joins
 
-    def _joins(self, counts: dict[str, int]) -> bool:
-        return self._whole and all(channel in counts for channel in self._channels)
+    def _bound(self, channel: str) -> int:
+        bound = self._bounds.get(channel)
+        if bound is None:
+            bound = self._bounds[channel] = wire_of(channel, self._wires).bundle_events
+        return bound
 
 
-def bound_of(event: Event, channel: str, wires: Wires) -> int:
-    """How many events a bundle of a channel may hold with this one in it; 1 where it travels by itself."""
-    return 1 if event.tried else wires.get(namespace(channel), PLAIN).bundle_events
+def wire_of(channel: str, wires: Wires) -> Wire:
+    """How a channel is published to."""
+    return wires.get(namespace(channel), PLAIN)

@@ -13,8 +13,7 @@ from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
 from outbox_relay.event import ACCEPTED, OVERTAKEN, Event, Refusal, Reply
-from outbox_relay.outcome import namespace
-from outbox_relay.packing import PLAIN, Wires, bound_of
+from outbox_relay.packing import Wire, Wires, wire_of
 
 WIRE_VERSION: Final = "1"
 # Bad requests, answered without asking.
@@ -66,17 +65,20 @@ def commands(events: Sequence[Event], wires: Wires, too_deep: Set[int] = frozens
     A channel that takes bundles has one if it has two events or more. What holds an event of `too_deep` is not sent.
     """
     bundles: dict[str, list[int]] = {}
+    known: dict[str, Wire] = {}
     found: list[Command] = []
     for n, event in enumerate(events):
         own: list[str] = []
         error = TOO_DEEP if n in too_deep else None
-        for channel in event.unsent:
-            wire = wires.get(namespace(channel), PLAIN)
+        for channel in event.unsent if event.accepted else event.channels:
+            wire = known.get(channel)
+            if wire is None:
+                wire = known[channel] = wire_of(channel, wires)
             if wire.channels != "stream":
                 keyed = wire.channels == "map"
                 refused = error or (NO_STATE if event.kind == "change" else None)
                 found.append(Command(_state(event, channel, keyed=keyed), (channel,), (n,), refused))
-            elif bound_of(event, channel, wires) > 1:
+            elif wire.bundle_events > 1 and not event.tried:
                 bundles.setdefault(channel, []).append(n)
             else:
                 own.append(channel)

@@ -105,6 +105,28 @@ def test_a_duplicate_stands_in_for_nothing(missing: int) -> None:
     assert (seen.received, seen.duplicates, seen.lost) == (6, 1, 1)
 
 
+def test_a_bundle_is_its_events() -> None:
+    entries = [{"data": {}, "tags": {"ob_id": name, "ob_version": str(version)}} for name, version in SOUND]
+    bundle = {"data": {"ob": entries}, "tags": {"ob": "1", "ob_bundle": str(len(entries))}}
+    text = json.dumps({"push": {"channel": "c", "pub": bundle}}, separators=(",", ":")).encode()
+    assert text.count(witness._MARK) == len(SOUND)
+    chunks = [(1.0, message(text))]
+    seen = witness._judge(chunks, len(SOUND), mid_stream=False)
+    assert (seen.received, seen.lost, seen.inverted, seen.duplicates) == (len(SOUND), 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("versions", "lost", "inverted", "duplicates"),
+    [((1, 2, 3), 0, 0, 0), ((3,), 0, 0, 0), ((1, 2), 1, 0, 0), ((1, 3, 2), 0, 1, 0), ((2, 2, 3), 0, 0, 1)],
+)
+def test_where_the_newest_alone_count_versions_rise_all_the_same(
+    versions: Sequence[int], lost: int, inverted: int, duplicates: int
+) -> None:
+    chunks = [(1.0, message(push(("a", version)))) for version in versions]
+    seen = witness._judge_newest(chunks, 1, 3)
+    assert (seen.lost, seen.inverted, seen.duplicates) == (lost, inverted, duplicates)
+
+
 def test_mid_stream_aggregates_go_on_from_where_they_are() -> None:
     later = [(name, version + 7) for name, version in SOUND]
     assert judge(later, mid_stream=True).inverted == 0
@@ -149,7 +171,7 @@ def test_the_cuts_of_messages_and_chunks_change_nothing(history: list[Event], da
 
     near, far = socket.socketpair()
     with near, far:
-        record = witness._Record(near, b"", 10.0)
+        record = witness._Record(near, b"", 10.0, witness._MARK)
         for number, piece in enumerate(pieces):
             record._keep(piece)
             assert record.received == sum(at <= number for at in arrivals)

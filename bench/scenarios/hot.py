@@ -1,4 +1,7 @@
-"""One hot aggregate and nothing else: in strict order each of its events waits for the answer to the one before it."""
+"""One hot aggregate and nothing else: in strict order each of its events waits for the answer to the one before it.
+
+In bundles it does not: a publication is atomic, so events of one aggregate may share one.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from bench import load, stage
 from bench.drain import ConsumerDrain, Drain
@@ -15,8 +18,20 @@ from bench.sides import CONSUMERS, relay_settings
 from outbox_relay.embedded.centrifugo import find_or_build
 from outbox_relay.embedded.postgres import Postgres
 
-DISTANCES: Final[Mapping[str, tuple[float, int]]] = {"loopback": (0.0, 5_000), "5ms": (0.005, 500)}
-"""Round trips in seconds, with the events of the full form: about two seconds of work."""
+
+class Distance(NamedTuple):
+    """A round trip in seconds, with the events of the full form: about two seconds of work, and those in bundles."""
+
+    round_trip: float
+    events: int
+    bundled: int
+
+
+DISTANCES: Final[Mapping[str, Distance]] = {
+    "loopback": Distance(0.0, 5_000, 100_000),
+    "5ms": Distance(0.005, 500, 50_000),
+}
+BUNDLES: Final = {"namespaces": {"plain": {"bundle_events": 500}}}
 RIVAL: Final = "centrifugo-8"
 RIVAL_EVENTS: Final = 50_000
 
@@ -29,27 +44,46 @@ class Hot:
         """Yield the rows on loopback, then those 5 ms away, where Centrifugo's consumer, being inside, never is."""
         postgres = stack.enter_context(stage.postgres())
         binary = find_or_build()
-        for name, (round_trip, full) in DISTANCES.items():
-            rows = [_ours(postgres, binary, name, round_trip, mode.scaled(full, least=full // 2))]
+        for name, (round_trip, full, bundled) in DISTANCES.items():
+            ours = partial(_ours, postgres, binary, name)
+            rows = [
+                ours(side="us", title="one by one", events=mode.scaled(full, least=full // 2), settings={}),
+                ours(
+                    side="us-bundles",
+                    title="bundles",
+                    events=mode.scaled(bundled, least=bundled // 2),
+                    settings=BUNDLES,
+                ),
+            ]
             if not round_trip:
                 rows.append(_rival(postgres, binary, name, mode.scaled(RIVAL_EVENTS, least=RIVAL_EVENTS // 2)))
             yield rows
 
 
-def _ours(postgres: Postgres, binary: Path, distance: str, round_trip: float, events: int) -> Row:
+def _ours(
+    postgres: Postgres,
+    binary: Path,
+    distance: str,
+    *,
+    side: str,
+    title: str,
+    events: int,
+    settings: Mapping[str, object],
+) -> Row:
     fill = partial(load.fill_ours, events=events, namespace="plain", aggregates=1)
     return Row(
-        f"hot/{distance}/us",
-        f"outbox-relay, {distance}",
+        f"hot/{distance}/{side}",
+        f"outbox-relay, {title}, {distance}",
         "events/s",
         Drain(
             postgres=postgres,
-            template=stage.template(postgres, f"ours_{distance}", fill),
+            template=stage.template(postgres, f"ours_{distance}_{events}", fill),
             centrifugo=binary,
             events=events,
-            round_trip=round_trip,
+            round_trip=DISTANCES[distance].round_trip,
+            settings=settings,
         ),
-        {**relay_settings(), "events": events},
+        {**relay_settings(settings), "events": events},
     )
 
 
