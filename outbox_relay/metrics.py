@@ -73,6 +73,7 @@ class Metrics(Collector):
         self._lock = threading.Lock()
         self._events: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
         self._requests: Counter[str] = Counter(dict.fromkeys(RESULTS, 0))
+        self._overtaken = 0
         self._falls = 0
         self._batch_events = Histogram("batch_events", "Events settled by a batch that settled any.", EVENTS)
         self._request_events = Histogram("request_events", "Events in a request to Centrifugo.", EVENTS)
@@ -97,6 +98,10 @@ class Metrics(Collector):
             self._batch_events.add((len(delivered) + len(settlements),))
             self._lag.add(lags)
 
+    def overtaken(self, events: int) -> None:
+        with self._lock:
+            self._overtaken += events
+
     def falls(self, events: int) -> None:
         with self._lock:
             self._falls += events
@@ -106,6 +111,9 @@ class Metrics(Collector):
             return [
                 _counter("events", "Outcomes of events; each refusal is one.", "outcome", self._events),
                 _counter("requests", "Requests to Centrifugo; one without an answer failed.", "result", self._requests),
+                CounterMetricFamily(
+                    f"{PREFIX}overtaken", "Superseded events that Centrifugo dropped as stale.", value=self._overtaken
+                ),
                 CounterMetricFamily(
                     f"{PREFIX}version_falls", "Events with a version below an earlier one's.", value=self._falls
                 ),

@@ -119,6 +119,7 @@ class Worker:
                 self._store.settle([event.id for event in sent.delivered], settlements, batch.holds)
         self._untried = False
         self._shared.observer.batch(sent.delivered, settlements, claim.clock.now())
+        self._shared.observer.overtaken(len(sent.overtaken))
         self._shared.watch_versions(sent.delivered)
         log_outcomes(len(sent.delivered), settlements)
         return bool(sent.delivered or settlements or batch.parked or outage)

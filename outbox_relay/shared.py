@@ -31,6 +31,9 @@ class Observer(Protocol):
     def batch(self, delivered: Sequence[Event], settlements: Sequence[Settlement], now: float) -> None:
         """One committed batch. `now` is on the database's clock, as the events' `created_at`."""
 
+    def overtaken(self, events: int) -> None:
+        """So many of a committed batch's superseded events were sent, and Centrifugo itself dropped them as stale."""
+
     def falls(self, events: int) -> None:
         """So many delivered events had a version below that of an earlier one of their aggregate."""
 
@@ -42,6 +45,9 @@ class Unobserved:
         """Do nothing."""
 
     def batch(self, delivered: Sequence[Event], settlements: Sequence[Settlement], now: float) -> None:
+        """Do nothing."""
+
+    def overtaken(self, events: int) -> None:
         """Do nothing."""
 
     def falls(self, events: int) -> None:

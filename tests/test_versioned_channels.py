@@ -7,6 +7,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from outbox_relay.centrifugo import Centrifugo as Publisher
 from outbox_relay.embedded.centrifugo import DEFAULT_CONFIG, Centrifugo
 from outbox_relay.event import ACCEPTED, OVERTAKEN, Event
+from outbox_relay.metrics import Metrics
 from outbox_relay.options import Options
 from outbox_relay.outcome import Policy
 from outbox_relay.packing import Wire
@@ -66,6 +68,14 @@ def ends(connection: Connection) -> list[tuple[int, str]]:
     return connection.execute("SELECT version, state::text FROM outbox ORDER BY id").fetchall()
 
 
+def counted(metrics: Metrics) -> dict[str, int]:
+    """Outcomes that there were, and how many events a map has dropped."""
+    samples = {sample.name: sample for family in metrics.collect() for sample in family.samples}
+    [events] = [family for family in metrics.collect() if family.name == "outbox_relay_events"]
+    outcomes = {sample.labels["outcome"]: int(sample.value) for sample in events.samples if sample.value}
+    return outcomes | {"overtaken": int(samples["outbox_relay_overtaken_total"].value)}
+
+
 def state_of(server: Centrifugo, channel: str) -> dict[str, tuple[str, str, Any]]:
     """What a map channel holds, as Centrifugo says: version, kind and data by key."""
     request = urllib.request.Request(
@@ -106,6 +116,32 @@ def test_a_map_holds_the_newest_version_of_each_object(
         "order/2": ("5", "tombstone", {"version": 5}),
         "order/3": ("7", "gap", {}),
     }
+
+
+def test_what_a_map_drops_is_counted_apart(connect: Connect, database_url: str, server: Centrifugo, name: str) -> None:
+    """Conflated events were never sent. A copy of what the map has is stale too; a gap is told, whatever it met."""
+    connection, channel, metrics = connect(), f"map:{name}", Metrics()
+    options = replace(OPTIONS, policies={"order": replace(OPTIONS.policy, conflate=True)})
+    with Stepper(
+        database_url, Publisher(server.api_url, server.api_key, wires=WIRES), options, observer=metrics
+    ) as steps:
+        for version in (3, 4, 5):
+            add(connection, version, channel)
+        steps.drain()
+        assert counted(metrics) == {"delivered": 1, "superseded": 2, "overtaken": 0}
+        add(connection, 2, channel)
+        steps.drain()
+        add(connection, 5, channel)
+        steps.drain()
+        add(connection, 1, channel, expired=True)
+        steps.drain()
+    assert counted(metrics) == {"delivered": 1, "superseded": 4, "overtaken": 2, "expired": 1}
+    assert [state for _, state in ends(connection)] == [
+        *["superseded"] * 2,
+        "delivered",
+        *["superseded"] * 2,
+        "expired",
+    ]
 
 
 def test_another_epoch_begins_anew(

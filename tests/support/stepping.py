@@ -11,7 +11,7 @@ from outbox_relay.centrifugo import Centrifugo
 from outbox_relay.event import Outage, boottime
 from outbox_relay.options import Options
 from outbox_relay.relay import Worker
-from outbox_relay.shared import Pause, Shared, Unobserved
+from outbox_relay.shared import Observer, Pause, Shared, Unobserved
 from outbox_relay.store import Store
 
 
@@ -41,12 +41,22 @@ class Journal(Unobserved):
 class Stepper:
     """One worker between a database and a publisher, which may be exchanged: what the relay has learnt stays."""
 
-    def __init__(self, database_url: str, publisher: Centrifugo, options: Options | None = None) -> None:
+    def __init__(
+        self,
+        database_url: str,
+        publisher: Centrifugo,
+        options: Options | None = None,
+        *,
+        observer: Observer | None = None,
+    ) -> None:
+        """Instead of the journal, an `observer` may hear what the relay reports."""
         self.journal = Journal()
         self._options = options or Options()
         self._store = Store(database_url, request_timeout=publisher.timeout)
         self._connection: psycopg.Connection[Any] = psycopg.connect(database_url, autocommit=True)
-        self._shared = Shared(Pause(self._options.pause_min, self._options.pause_max), observer=self.journal)
+        self._shared = Shared(
+            Pause(self._options.pause_min, self._options.pause_max), observer=observer or self.journal
+        )
         self._publisher = publisher
         self._worker = Worker(self._store, publisher, self._options, self._shared)
 
