@@ -121,8 +121,12 @@ class Centrifugo:
 
     def probe(self) -> Outage | None:
         """Send an empty batch: does Centrifugo answer, and does it take the key? Says nothing of its broker."""
-        answer = self._batch(b'{"commands":[]}', 0, None)
-        return answer if isinstance(answer, Outage) else None
+        answers = self.ask([])
+        return answers if isinstance(answers, Outage) else None
+
+    def ask(self, commands: Sequence[str]) -> list[Any] | Outage:
+        """Send commands that are no event's, each as JSON, one after the other; the answers as Centrifugo gave them."""
+        return self._batch(f'{{"commands":[{",".join(commands)}]}}'.encode(), len(commands), None)
 
     def _ask(self, body: bytes, commands: int, deadline: float | None, *, parallel: bool) -> list[Any] | Outage:
         started = boottime()

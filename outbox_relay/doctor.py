@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, LiteralString
 
@@ -10,10 +13,12 @@ import psycopg
 from psycopg import sql
 
 from outbox_relay import migrations
-from outbox_relay.build import build_publisher
+from outbox_relay.build import build_publisher, wires
+from outbox_relay.centrifugo import Centrifugo
 from outbox_relay.config import Settings
 from outbox_relay.database import DatabaseUnavailableError, connect
-from outbox_relay.endpoint import api_url
+from outbox_relay.endpoint import NO_ANSWER, api_url
+from outbox_relay.event import Outage
 from outbox_relay.outbox import LANES
 
 OLDEST_POSTGRESQL: Final = 14
@@ -163,9 +168,16 @@ def _revision(connection: psycopg.Connection[Any], schema: str) -> Iterator[Find
 
 
 def _centrifugo(settings: Settings) -> Iterator[Finding]:
-    publisher = build_publisher(settings)
-    outage = publisher.probe()
-    publisher.close()
+    with closing(build_publisher(settings)) as publisher:
+        outage = publisher.probe()
+        yield from _endpoint(settings, outage)
+        if outage is None:
+            for name, wire in wires(settings).items():
+                if wire.channels == "map":
+                    yield _map(name, publisher)
+
+
+def _endpoint(settings: Settings, outage: Outage | None) -> Iterator[Finding]:
     url = api_url(settings.centrifugo_url or "")
     if url.scheme == "http" and url.host not in _LOOPBACK:
         advice = "use https://, unless the network between is trusted"
@@ -178,6 +190,54 @@ def _centrifugo(settings: Settings) -> Iterator[Finding]:
             f"Centrifugo: {outage.reason}",
             "check OUTBOX_RELAY_CENTRIFUGO_URL (its internal port, if it has one) and OUTBOX_RELAY_CENTRIFUGO_API_KEY",
         )
+
+
+def _map(name: str, publisher: Centrifugo) -> Finding:
+    """Whether a namespace's channels take `map_publish` with a version, asked of a channel that nobody uses.
+
+    `map_stats` only reads, and fails where the namespace has no maps or their broker does not work. No command that
+    reads tells the mode: but an ephemeral map refuses any version before it looks at anything else, so a publication
+    with one is tried, under the condition that its key is there, which it is not: nothing is published. Centrifugo
+    keeps an epoch for the channel (in Redis for good), which `map_clear` deletes. Source: `MapPublish` in Centrifugo
+    6.9.1, `Publish` of its three map brokers.
+    """
+    unused = f"outbox-relay-check-{uuid.uuid4().hex}"
+    channel = {"channel": f"{name}:{unused}" if name else unused}
+    attempt = channel | {"key": "none", "key_mode": "if_exists", "version": 1, "data": {}}
+    asked = {"map_stats": channel, "map_publish": attempt, "map_clear": channel}
+    answers = publisher.ask([json.dumps({method: params}) for method, params in asked.items()])
+    what, log = f"namespace {name!r}", "maps need Centrifugo 6.8 or newer and its map_broker: look into its log"
+    if isinstance(answers, Outage):
+        return Finding(False, f"{what}: whether it is a map is unknown: {answers.reason}", log)
+    try:
+        codes = [int(answer["error"]["code"]) if "error" in answer else 0 for answer in answers]
+    except NO_ANSWER:
+        return Finding(False, f"{what}: whether it is a map is unknown: the reply is not Centrifugo's", log)
+    ours = f'or take channels = "map" from [namespaces.{json.dumps(name)}]'
+    modes = 'map.mode "recoverable" or "persistent"'
+    match codes:
+        case [0, 0, 0]:
+            return Finding(True, f"{what} is a map that takes versions")
+        case [0, 100, 0]:
+            return Finding(
+                False,
+                f"{what} is an ephemeral map, which takes no versions: no event can be delivered there",
+                f"give it {modes} in Centrifugo's configuration, {ours}",
+            )
+        case [102, *_]:
+            return Finding(
+                False,
+                f"{what} is unknown to Centrifugo",
+                f'define it in Centrifugo\'s configuration with subscription_type "map" and {modes}, {ours}',
+            )
+        case [107, *_]:
+            return Finding(
+                False,
+                f"{what} is no map: no event can be delivered there",
+                f'give it subscription_type "map" and {modes} in Centrifugo\'s configuration, {ours}',
+            )
+    failed = ", ".join(f"{method} with {code}" for method, code in zip(asked, codes, strict=True) if code)
+    return Finding(False, f"{what}: whether it is a map is unknown: Centrifugo answers {failed}", log)
 
 
 def _has(connection: psycopg.Connection[Any], table: str, privilege: str) -> bool:

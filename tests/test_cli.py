@@ -19,6 +19,7 @@ from outbox_relay import migrations
 from outbox_relay.cli import app
 from outbox_relay.embedded.centrifugo import Centrifugo
 from tests.conftest import Connect, StartRelay
+from tests.support.redis import Redis
 from tests.support.subscriber import Subscriber
 from tests.support.waiting import wait_until
 from tests.support.writing import fact, states, write
@@ -282,6 +283,63 @@ def test_check_where_the_application_migrates(cli: Cli, good: dict[str, str], co
     result = cli("check", **good)
     assert result.exit_code == 0
     assert "the application's own migrations" in result.stdout
+
+
+def test_check_asks_centrifugo_for_its_maps(
+    cli: Cli, good: dict[str, str], start_centrifugo: Callable[..., Centrifugo], tmp_path: Path
+) -> None:
+    """A namespace that is to be a map must be one at Centrifugo, and take versions there. Its broker keeps nothing."""
+    with Redis() as redis:
+        server = start_centrifugo(
+            {
+                "map_broker": {"enabled": True, "type": "redis", "redis": {"address": redis.url}},
+                "channel": {
+                    "namespaces": [
+                        {"name": "kept", "subscription_type": "map", "map": {"mode": "persistent"}},
+                        {"name": "map", "subscription_type": "map", "map": {"mode": "recoverable", "key_ttl": "60s"}},
+                        {"name": "brief", "subscription_type": "map", "map": {"mode": "ephemeral", "key_ttl": "60s"}},
+                        {"name": "hist"},
+                    ]
+                },
+            }
+        )
+        asked = good | {"centrifugo_url": server.api_url, "centrifugo_api_key": server.api_key}
+
+        def maps(*names: str) -> None:
+            tables = (f'[namespaces.{name}]\nchannels = "map"\n' for name in names)
+            (tmp_path / "outbox-relay.toml").write_text("".join(tables), encoding="utf-8")
+
+        maps("map", "kept")
+        before = redis.ask("DBSIZE")
+        result = cli("check", **asked)
+        assert result.exit_code == 0, result.stdout
+        assert "ok      namespace 'map' is a map that takes versions" in result.stdout
+        assert "ok      namespace 'kept' is a map that takes versions" in result.stdout
+        for name, what, advice in [
+            ("hist", "is no map", 'subscription_type "map" and map.mode "recoverable" or "persistent"'),
+            ("brief", "is an ephemeral map, which takes no versions", 'map.mode "recoverable" or "persistent"'),
+            ("nowhere", "is unknown to Centrifugo", "define it in Centrifugo's configuration"),
+        ]:
+            maps(name, "map")
+            [finding] = problems(cli("check", "--json", **asked))
+            assert finding["what"].startswith(f"namespace '{name}' {what}")
+            assert advice in finding["advice"]
+            assert cli("check", **asked).exit_code == 1
+        assert redis.ask("DBSIZE") == before
+        maps("map")
+        redis.kill()
+        [finding] = problems(cli("check", "--json", **asked))
+        assert "whether it is a map is unknown: Centrifugo answers map_stats with 100" in finding["what"]
+        assert "map_broker" in finding["advice"]
+
+
+def test_check_asks_for_no_maps_where_centrifugo_does_not_answer(
+    cli: Cli, good: dict[str, str], tmp_path: Path
+) -> None:
+    """One line says so, not one for each namespace."""
+    (tmp_path / "outbox-relay.toml").write_text('[namespaces.m]\nchannels = "map"\n', encoding="utf-8")
+    [finding] = problems(cli("check", "--json", **good | {"centrifugo_url": NOWHERE}))
+    assert "Connection refused" in finding["what"]
 
 
 def test_check_on_a_standby(cli: Cli, good: dict[str, str], database_url: str) -> None:
