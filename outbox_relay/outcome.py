@@ -70,10 +70,16 @@ SUPERSEDED: Final = GivenUp("superseded")
 
 @dataclass(frozen=True, slots=True)
 class Unsettled:
-    """The event stays as it is. Only some channels have accepted it, or the one in its place, and are remembered."""
+    """The event has not ended. Only some channels have accepted it, or the one in its place, and are remembered.
+
+    `parked`: the one in its place puts their aggregate on hold, and it waits too.
+    """
+
+    parked: bool = False
 
 
 UNSETTLED: Final = Unsettled()
+BEHIND: Final = Unsettled(parked=True)
 
 Outcome = Held | Owed | GivenUp | Unsettled
 """What becomes of an event that was refused, or that is not sent. The others are delivered."""

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
-from outbox_relay.event import Event, Reply
-from outbox_relay.outcome import SUPERSEDED, UNSETTLED, GivenUp, Policy, Settlement, given_up
-
-CANDIDATES: Final = 8
-"""So many snapshots of one aggregate with different channels are compared with its earlier events."""
+from outbox_relay.event import Event
+from outbox_relay.outcome import BEHIND, SUPERSEDED, UNSETTLED, GivenUp, Held, Owed, Policy, Settlement, given_up
 
 PolicyOf = Callable[[str], Policy]
 
@@ -68,30 +65,32 @@ def plan(events: list[Event], now: float, policy_of: PolicyOf) -> Plan:
 def _conflate(events: Sequence[Event], now: float, policies: Mapping[str, Policy], covered: Covered) -> list[Event]:
     """The events that no later one makes needless; the others are noted in `covered`.
 
-    A later one does that if it is a snapshot or a tombstone, its version is not lower, and all channels of the earlier
-    one hear of it.
+    A later one does that if it is a snapshot or a tombstone, its version is not lower, and it is the next one that each
+    channel of the earlier one hears of: what went out in between would overtake it, if the batch ended there.
     """
     kept: list[Event] = []
-    newest: dict[tuple[str, str], list[Event]] = {}
+    next_of: dict[tuple[str, str], dict[str, Event]] = {}  # by aggregate, by channel
     for event in reversed(events):
         policy = policies[event.aggregate_type]
         if not policy.conflate:
             kept.append(event)
             continue
         if event.ending == "dead" and policy.wait_after_dead:
-            newest.pop(event.aggregate, None)  # nothing behind it is sent
-        candidates = newest.setdefault(event.aggregate, [])
-        for later in candidates:
-            if later.version >= event.version and (
-                later.channels == event.channels or set(event.channels).issubset(later.channels)
-            ):
-                covered.setdefault(later.id, []).append(event)
-                break
+            next_of.pop(event.aggregate, None)  # nothing behind it is sent
+        following = next_of.setdefault(event.aggregate, {})
+        later = following.get(event.channels[0])
+        if (
+            later is not None
+            and later.kind in {"snapshot", "tombstone"}
+            and later.version >= event.version
+            and later.ending is None
+            and not expired(later, now, policy)
+            and all(following.get(channel) is later for channel in event.channels)
+        ):
+            covered.setdefault(later.id, []).append(event)
         else:
             kept.append(event)
-            full = event.kind in {"snapshot", "tombstone"}
-            if full and event.ending is None and not expired(event, now, policy) and len(candidates) < CANDIDATES:
-                candidates.append(event)
+            following.update(dict.fromkeys(event.channels, event))
     kept.reverse()
     return kept
 
@@ -99,25 +98,27 @@ def _conflate(events: Sequence[Event], now: float, policies: Mapping[str, Policy
 def superseded(
     covered: Covered,
     delivered: Sequence[Event],
-    refused: Sequence[tuple[Event, Reply]],
+    refused: Sequence[Settlement],
     now: float,
     policy_of: PolicyOf,
 ) -> list[Settlement]:
     """What becomes of the covered events: over, once all their channels have accepted the one in their place.
 
-    Else the channels that did are remembered: they are not sent the older event any more.
+    Else the channels that did are remembered: they are not sent the older event any more. And if the one in their
+    place puts the aggregate on hold, they wait with it: else they might be met too late, when it has been sent again.
     """
     found: list[Settlement] = []
     for later in delivered:
         found += [Settlement(event, _covered_end(event, now, policy_of), ()) for event in covered.get(later.id, ())]
-    for later, reply in refused:
-        took = {*reply.accepted, *(later.accepted or ())}
+    for later, outcome, accepted_now in refused:
+        took = {*accepted_now, *(later.accepted or ())}
+        waits = isinstance(outcome, Held | Owed) or (isinstance(outcome, GivenUp) and outcome.wait)
         for event in covered.get(later.id, ()):
             accepted = tuple(channel for channel in event.unsent if channel in took)
             if len(accepted) == len(event.unsent):
                 found.append(Settlement(event, _covered_end(event, now, policy_of), ()))
-            elif accepted:
-                found.append(Settlement(event, UNSETTLED, accepted))
+            elif waits or accepted:
+                found.append(Settlement(event, BEHIND if waits else UNSETTLED, accepted))
     return found
 
 

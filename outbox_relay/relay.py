@@ -107,11 +107,11 @@ class Worker:
                 options.policy_of,
                 anything_accepted=sent.anything_accepted,
             )
-            settlements += [*ends, *(end(gap, options.policy_of(gap.aggregate_type)) for gap in sent.told)]
-            settlements += [Settlement(event, SUPERSEDED, ()) for event in sent.overtaken]
             if covered:
                 accepted, now = [*sent.delivered, *sent.overtaken], claim.clock.now()
-                settlements += superseded(covered, accepted, sent.refused, now, options.policy_of)
+                settlements += superseded(covered, accepted, settlements, now, options.policy_of)
+            settlements += [*ends, *(end(gap, options.policy_of(gap.aggregate_type)) for gap in sent.told)]
+            settlements += [Settlement(event, SUPERSEDED, ()) for event in sent.overtaken]
             outage = sent.outage or trouble
             # Before the lanes are free for another worker, which would not know.
             self._shared.pause.report(outage, sound=sent.sound)

@@ -16,7 +16,7 @@ from psycopg import errors
 
 from outbox_relay.database import DatabaseUnavailableError, one_line
 from outbox_relay.event import Event, Hold, boottime
-from outbox_relay.outcome import SUPERSEDED, GivenUp, Held, Owed, Settlement
+from outbox_relay.outcome import BEHIND, SUPERSEDED, GivenUp, Held, Owed, Settlement
 from outbox_relay.start_hint import DRAWN, START, StartHint
 from outbox_relay.upkeep import Upkeep
 
@@ -378,6 +378,9 @@ class Store(Upkeep):
             columns = dict(zip(_HELD_COLUMNS, map(list, zip(*rows, strict=True)), strict=True))
             self.execute(_HEAD_PARKED, **columns)
             self.execute(_HOLD, **columns)
+        behind = [event.id for event, outcome, _ in refused if outcome is BEHIND]
+        if behind:
+            self.execute(_PARK, ids=behind)
         for event, _, accepted in refused:
             if accepted:
                 self.execute(_ACCEPTED, id=event.id, accepted=[*(event.accepted or ()), *accepted])

@@ -14,7 +14,7 @@ from outbox_relay.outcome import Policy
 from outbox_relay.runner import Relay
 from outbox_relay.store import Store
 from tests.conftest import Connect
-from tests.support.gateway import Gateway
+from tests.support.gateway import Gateway, refuse
 from tests.support.relays import drain
 from tests.support.stepping import Stepper
 from tests.support.subscriber import Subscriber
@@ -118,11 +118,10 @@ def test_an_older_event_is_never_sent_where_the_newer_one_was_accepted(
         steps.step()
         assert rows(connection) == [
             (1, "superseded", None),
-            (2, "pending", [channel]),
-            (3, "pending", None),
+            (2, "parked", [channel]),
+            (3, "parked", None),
             (4, "parked", [channel]),
         ]
-        steps.step()
     with Stepper(database_url, Publisher(gateway.url, centrifugo.api_key), Options(policy=PATIENT)) as steps:
         steps.make_due()
         steps.step()
@@ -131,3 +130,23 @@ def test_an_older_event_is_never_sent_where_the_newer_one_was_accepted(
         (2, ("unknown:1",)),
     ]
     assert received(subscriber, 1, channel) == [(4, "tombstone")]
+
+
+def test_what_is_held_comes_after_what_it_was_to_stand_for(
+    connect: Connect, database_url: str, centrifugo: Centrifugo, subscribe: Subscribe, gateway: Gateway, channel: str
+) -> None:
+    """The newest is refused, and its wait is over before anybody has looked at its aggregate again. The older one, that
+    it stood for, is not left behind to be sent after it."""
+    connection, subscriber = connect(), subscribe(channel)
+    for version in (1, 2):
+        add(connection, "1", version, [channel])
+    with Stepper(database_url, Publisher(gateway.url, centrifugo.api_key), OPTIONS) as steps:
+        gateway.fault = refuse(102, lambda command: True)
+        steps.step()
+        assert rows(connection) == [(1, "parked", None), (2, "parked", None)]
+        gateway.fault = None
+        steps.make_due()
+        steps.drain()
+    assert received(subscriber, 1, channel) == [(2, "snapshot")]
+    assert [command.version for command in gateway.commands] == [2, 2]
+    assert rows(connection) == [(1, "superseded", None), (2, "delivered", None)]

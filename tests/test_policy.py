@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from outbox_relay.event import Event, Refusal, Reply
-from outbox_relay.outcome import SUPERSEDED, UNSETTLED, GivenUp, Policy, Settlement
+from outbox_relay.event import Event
+from outbox_relay.outcome import BEHIND, SUPERSEDED, UNSETTLED, GivenUp, Held, Outcome, Owed, Policy, Settlement
 from outbox_relay.policy import plan, superseded
 
 NOW = 1_000.0
@@ -142,6 +142,33 @@ def test_only_the_newest_is_sent_and_order_is_kept() -> None:
     assert planned.covered == {events[3].id: [events[2], events[0]]}
 
 
+IN_BETWEEN: dict[str, tuple[Event, bool]] = {
+    # name: what is sent between a snapshot on channel a and the next one there, whether the first one is needless
+    "on another channel": (event(channels=["b"], version=2), True),
+    "a change on its channel too": (event(channels=PAIR, version=2), False),
+    "a gap on its channel too": (event(channels=PAIR, version=2, ending="dead"), False),
+    "a version that fell": (event(channels=PAIR, version=0, kind="snapshot"), False),
+}
+
+
+@pytest.mark.parametrize(("between", "needless"), IN_BETWEEN.values(), ids=IN_BETWEEN.keys())
+def test_nothing_overtakes_what_waits_for_a_later_one(between: Event, needless: bool) -> None:
+    """What goes out in between would be followed by the older event, if the batch ended there."""
+    first, last = event(kind="snapshot"), event(kind="snapshot", version=3)
+    planned = plan([first, between, last], NOW, lambda _: CONFLATED)
+    assert planned.covered == ({last.id: [first]} if needless else {})
+    assert [sent.id for sent in planned.events] == [*([] if needless else [first.id]), between.id, last.id]
+
+
+def test_the_next_one_that_covers_an_event_stands_for_it() -> None:
+    events = [
+        event(kind="snapshot"),
+        event(kind="snapshot", version=2, channels=PAIR),
+        event(kind="snapshot", version=3),
+    ]
+    assert plan(events, NOW, lambda _: CONFLATED).covered == {events[1].id: [events[0]]}
+
+
 def test_types_that_are_not_conflated_lose_nothing() -> None:
     """Where a batch has both, one keeps all its events, in their places."""
     types = {"order": CONFLATED, "payment": LASTING}
@@ -165,7 +192,7 @@ def test_a_dead_event_does_not_stop_conflation_where_nobody_waits_for_it() -> No
     assert plan(living, NOW, lambda _: waiting).covered == {living[2].id: [living[1], living[0]]}
 
 
-REFUSED = (Refusal("b", 102, ""),)
+HELD = Held(1, 0, 1.0, "")
 
 
 def test_needless_events_end_with_the_one_in_their_place() -> None:
@@ -184,17 +211,36 @@ def test_needless_events_end_with_the_one_in_their_place() -> None:
     assert [settlement.event for settlement in delivered] == earlier
     ends = [SUPERSEDED, GivenUp("expired"), GivenUp("discarded"), SUPERSEDED, SUPERSEDED, SUPERSEDED]
     assert [settlement.outcome for settlement in delivered] == ends
-    partly = superseded(covered, [], [(later, Reply(REFUSED, ("a",)))], NOW, lambda _: CONFLATED)
+    partly = superseded(covered, [], [Settlement(later, HELD, ("a",))], NOW, lambda _: CONFLATED)
     assert partly == [
         *delivered[:3],
-        Settlement(earlier[3], UNSETTLED, ("a",)),
+        Settlement(earlier[3], BEHIND, ("a",)),
+        Settlement(earlier[4], BEHIND, ()),
         Settlement(earlier[5], SUPERSEDED, ()),
     ]
     before = later._replace(accepted=["a"])
     assert (
-        superseded({later.id: earlier[:1]}, [], [(before, Reply(REFUSED))], NOW, lambda _: CONFLATED) == delivered[:1]
+        superseded({later.id: earlier[:1]}, [], [Settlement(before, HELD, ())], NOW, lambda _: CONFLATED)
+        == delivered[:1]
     )
     assert superseded(covered, [], [], NOW, lambda _: CONFLATED) == []
+
+
+ON_HOLD: dict[str, tuple[Outcome, bool]] = {
+    "refused": (HELD, True),
+    "its gap is owed": (Owed("dead", ""), True),
+    "dead, its aggregate waits for a person": (GivenUp("dead", wait=True), True),
+    "dead, its aggregate goes on": (GivenUp("dead"), False),
+    "one of a bundle": (UNSETTLED, False),
+}
+
+
+@pytest.mark.parametrize(("outcome", "waits"), ON_HOLD.values(), ids=ON_HOLD.keys())
+def test_needless_events_wait_with_the_one_in_their_place(outcome: Outcome, waits: bool) -> None:
+    """Where it puts their aggregate on hold."""
+    earlier, later = event(), event(kind="snapshot", version=2)
+    settled = superseded({later.id: [earlier]}, [], [Settlement(later, outcome, ())], NOW, lambda _: CONFLATED)
+    assert settled == ([Settlement(earlier, BEHIND, ())] if waits else [])
 
 
 def test_nothing_is_sent_in_the_place_of_what_waits_for_a_person() -> None:
