@@ -23,6 +23,8 @@ from outbox_relay.upkeep import Chores
 log = get_logger()
 
 SLEEP_AT_MOST: Final = 0.5
+OTHERS_AT_IT: Final = 0.01
+"""Seconds, at most, until a worker looks for another lane while others have all those with work."""
 
 
 class Ended(enum.Enum):
@@ -150,7 +152,8 @@ class Relay:
         while not stopping.is_set():
             progress.alive()
             with self._shared.pause.turn(stopping, progress):
-                busy = not stopping.is_set() and (told or store.anything_to_do()) and worker.run_once()
+                wanted = not stopping.is_set() and (told or store.anything_to_do())
+                busy = wanted and worker.run_once()
             if progress.has_database is False:
                 log.info("database is back", worker=number)
             progress.has_database = True
@@ -161,7 +164,12 @@ class Relay:
                 continue
             if self._until_empty and self._finished(store):
                 return
-            told = self._rest(store, idle)
+            if wanted:
+                # Others have the lanes. Nobody is told when they are free, and to fall asleep would only wake us again.
+                told = False
+                stopping.wait(min(idle, OTHERS_AT_IT))
+            else:
+                told = self._rest(store, idle)
             idle = min(idle * 2, self._options.poll_max)
 
     def _rest(self, store: Store, seconds: float) -> bool:

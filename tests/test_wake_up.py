@@ -9,8 +9,10 @@ import psycopg
 import pytest
 
 from outbox_relay.database import DatabaseUnavailableError
-from outbox_relay.store import Store
-from tests.conftest import Connect, StartRelay
+from outbox_relay.options import Options
+from outbox_relay.store import Claim, Store
+from outbox_relay.wake_up import WakeUp
+from tests.conftest import Connect, MakeRelay, StartRelay
 from tests.support.subscriber import Subscriber
 from tests.support.waiting import PATIENCE, wait_until
 from tests.support.writing import write
@@ -118,6 +120,28 @@ def test_writers_can_be_told_never_to_notify(store: Store, connect: Connect) -> 
 def test_without_the_setting_there_is_only_polling(database_url: str) -> None:
     with closing(Store(database_url, wake_up=False)) as store:
         assert store.wake_up is None
+
+
+def test_nobody_falls_asleep_while_others_have_the_lanes(
+    connect: Connect, make_relay: MakeRelay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is pending would wake it at once, again and again."""
+    slept: list[float] = []
+    claims: list[int] = []
+    claim = Store.claim
+
+    def counted(store: Store, after: int, lanes: int) -> Claim:
+        claims.append(after)
+        return claim(store, after, lanes)
+
+    monkeypatch.setattr(WakeUp, "sleep", lambda _, seconds: slept.append(seconds))
+    monkeypatch.setattr(Store, "claim", counted)
+    write(connect(), "1", 1, "plain:a")
+    other = connect(autocommit=False)
+    other.execute("SELECT FROM outbox_lane FOR UPDATE")
+    with make_relay(Options(workers=1)):
+        wait_until(lambda: len(claims) > 5, "it looks for a lane now and then")
+    assert not slept
 
 
 def test_a_sleeping_relay_is_told(
