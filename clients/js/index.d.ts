@@ -48,7 +48,7 @@ export interface LiveOptions<T> extends Options<T> {
   load: (keys?: readonly string[]) => Promise<Loaded<T> | readonly T[]>;
   /** Called soon after something has changed. */
   onChange: (view: Live<T>) => void;
-  /** Hears what the other functions throw. Default: `console.error`. */
+  /** Hears what the other functions throw, and why a subscription has ended for good. Default: `console.error`. */
   onError?: (error: unknown) => void;
   /** Subscribe to a map channel. */
   map?: boolean;

@@ -78,9 +78,13 @@ export function live(centrifuge, channel, { load, onChange, onError = console.er
 
   subscription
     .on('subscribing', () => step({ lost: true }))
-    .on('unsubscribed', () => step({ lost: true }))
+    .on('unsubscribed', ({ code, reason }) => {
+      step({ lost: true });
+      if (code) onError(new Error(`no subscription to ${channel}: ${reason}`));
+    })
     .on('subscribed', ({ recovered }) => step({ subscribed: { recovered } }))
-    .on(map ? 'update' : 'publication', (publication) => step({ publication }));
+    // What a map has forgotten (`key_ttl`) has not changed in the database.
+    .on(map ? 'update' : 'publication', (publication) => publication.removed || step({ publication }));
   step({});
   subscription.subscribe();
   return view;

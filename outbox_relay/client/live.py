@@ -38,7 +38,8 @@ class Live(Generic[T]):
     call. `reduce` makes the new object of the old one and the data of a change; without it, and where it returns
     None, a changed object is loaded. `memory` bounds how many deleted objects are remembered.
 
-    Failures of the functions are logged; a load that has failed is repeated.
+    Failures of the functions are logged; a load that has failed is repeated. So is why a subscription has ended for
+    good: centrifuge-python 0.7 cannot subscribe to map channels, and Centrifugo says "permission denied".
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Live(Generic[T]):
         self._version = version
         self._on_change = on_change
         self._replica = Replica(key_of=key_of, reduce=_guarded(reduce) if reduce else None, memory=memory)
-        self._subscription = client.new_subscription(channel, _Handler(self._step, self._replica))
+        self._subscription = client.new_subscription(channel, _Handler(channel, self._step, self._replica))
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._announcement: asyncio.Handle | None = None
@@ -160,15 +161,18 @@ def _guarded(reduce: Reduce) -> Reduce:
 class _Handler(centrifuge.SubscriptionEventHandler):  # type: ignore[misc]
     """What centrifuge-python calls."""
 
-    def __init__(self, step: Callable[..., None], replica: Replica) -> None:
+    def __init__(self, channel: str, step: Callable[..., None], replica: Replica) -> None:
+        self._channel = channel
         self._step = step
         self._replica = replica
 
     async def on_subscribing(self, _context: centrifuge.SubscribingContext) -> None:
         self._step(self._replica.lost)
 
-    async def on_unsubscribed(self, _context: centrifuge.UnsubscribedContext) -> None:
+    async def on_unsubscribed(self, context: centrifuge.UnsubscribedContext) -> None:
         self._step(self._replica.lost)
+        if context.code:  # 0: it was our own wish
+            log.warning("no subscription to %s: %s", self._channel, context.reason)
 
     async def on_subscribed(self, context: centrifuge.SubscribedContext) -> None:
         self._step(self._replica.subscribed, recovered=context.recovered)

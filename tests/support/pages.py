@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -105,17 +107,20 @@ async def let_close() -> None:
 class NodePage:
     """`clients/js` in a process of Node.js. `environment` is what `follow.js` says."""
 
-    def __init__(self, url: str, shop: Shop, website: Website) -> None:
+    def __init__(self, url: str, shop: Shop, website: Website, *, environment: Mapping[str, str] | None = None) -> None:
         self.views: list[View] = []
         self._arguments = [url, shop.channel, f"{website.url}/orders"]
+        self._environment = {**os.environ, **(environment or {})}
 
     def __enter__(self) -> Self:
         install()
+        self._stderr = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             [node(), "--experimental-websocket", CLIENT / "test" / "follow.js", *self._arguments],
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._stderr,
             text=True,
+            env=self._environment,
         )
         self._thread = threading.Thread(target=self._read, name="page", daemon=True)
         self._thread.start()
@@ -129,6 +134,12 @@ class NodePage:
         self._thread.join(PATIENCE)
         assert self._process.stdout is not None
         self._process.stdout.close()
+        self._stderr.close()
+
+    @property
+    def errors(self) -> str:
+        """What it has written to stderr, while it is open."""
+        return os.pread(self._stderr.fileno(), 100_000, 0).decode()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
