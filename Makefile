@@ -36,8 +36,8 @@ debian: ## Install the Debian packages that some tests need, where that can be d
 	@tools/debian-packages $(DEBIAN)
 
 .PHONY: demo
-demo: setup ## Run the main job on real servers (ARGS='--seconds 60')
-	@.venv/bin/outbox-relay demo $(ARGS)
+demo: setup ## Run the main job on real servers, with the board beside it (ARGS='--seconds 60')
+	@.venv/bin/python -m examples.demo $(ARGS)
 
 .PHONY: board
 board: setup ## Serve a live page beside the database's truth, with buttons that do harm (ARGS='--port 8080')

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from outbox_relay.demo.ledger import Ledger, percentile
@@ -163,6 +165,49 @@ def test_kill_9_leaves_nothing_running() -> None:
         assert len(processes) == 4, screen.text
         demo.kill()
         wait_until(lambda: not any(map(running, processes)), "all processes of the demo end")
+
+
+def test_the_board_is_served_beside_the_demo(tmp_path: Path) -> None:
+    """What `make demo` runs: the demo's status and last line, and a page for as long; nothing is left of either."""
+    output = tmp_path / "output"
+    with output.open("wb") as written:
+        demo = subprocess.Popen(
+            [sys.executable, "-m", "examples.demo", "--seconds", "5"],
+            stdin=subprocess.DEVNULL,
+            stdout=written,
+            stderr=written,
+        )
+    try:
+        wait_until(lambda: "the board" in output.read_text() or demo.poll() is not None, "its address", DEMO_SECONDS)
+        [url] = re.findall(r"^the board, .*: (http://127\.0\.0\.1:\d+)$", output.read_text(), re.MULTILINE)
+        page = httpx.get(url, trust_env=False)
+        assert "<title>" in page.text
+        assert httpx.get(f"{url}/cards", trust_env=False).json()["epoch"]
+        assert demo.wait(DEMO_SECONDS) == 0, output.read_text()
+    finally:
+        demo.kill()
+        demo.wait()
+    assert output.read_text().splitlines()[-1] == "verdict: all of this is true"
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url, trust_env=False)
+
+
+def test_kill_9_ends_the_board_as_well(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    with output.open("wb") as written:
+        demo = subprocess.Popen([sys.executable, "-m", "examples.demo"], stdout=written, stderr=written)
+    try:
+        wait_until(lambda: "the board" in output.read_text() or demo.poll() is not None, "its address", DEMO_SECONDS)
+    finally:
+        demo.kill()
+        demo.wait()
+    [port] = re.findall(r"^the board, .*:(\d+)$", output.read_text(), re.MULTILINE)
+
+    def refused() -> bool:
+        with socket.socket() as caller:
+            return caller.connect_ex(("127.0.0.1", int(port))) != 0
+
+    wait_until(refused, "the board ends")
 
 
 class Terminal:

@@ -5,6 +5,7 @@ A relay and Centrifugo are killed on the way. All of it ends with this process, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from rich.console import Console
@@ -21,12 +22,16 @@ def main(seconds: float | None = None) -> int:
     return run(seconds, console=Console(highlight=False))
 
 
-def run(seconds: float | None, *, console: Console) -> int:
-    """Run for `seconds`; by default until Ctrl-C, and 20 without a terminal. Ends with the verdict."""
+def run(seconds: float | None, *, console: Console, once_started: Callable[[], None] = lambda: None) -> int:
+    """Run for `seconds`; by default until Ctrl-C, and 20 without a terminal. Ends with the verdict.
+
+    `once_started` is called when everything runs and nothing is shown yet, and may raise EmbeddedError.
+    """
     if seconds is None and not console.is_interactive:
         seconds = SECONDS
     try:
         with Demo(console) as demo, interruptions() as interrupted:
+            once_started()
             with demo.shown():
                 demo.play(seconds, interrupted)
                 verdict = demo.finish(interrupted)

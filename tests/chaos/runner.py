@@ -180,7 +180,8 @@ class _Storm:
                 break
             threads.append(threading.Thread(target=self._strike, args=(appointment,), daemon=True))
             threads[-1].start()
-        time.sleep(max(0.0, started + seconds - time.monotonic()))
+        else:
+            time.sleep(max(0.0, started + seconds - time.monotonic()))
         for thread in threads:
             thread.join()
         if self._errors:
