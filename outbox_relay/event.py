@@ -15,6 +15,10 @@ def boottime() -> float:
     return time.clock_gettime(_BOOTTIME)
 
 
+GAP_ALONE: Final = ""
+"""Stands in a row's `accepted` before channels that took the event's gap, and not the event."""
+
+
 class Event(NamedTuple):
     """One outbox row on its way. `payload` and `tags` are JSON text, exactly as stored, never parsed."""
 

@@ -164,8 +164,8 @@ _EVENT: Final = (
     "o.state::text, o.created_at, o.settled_at, o.error, h.tries, h.attempts, nullif(h.due_at, 'infinity') AS due_at"
 )
 _DETAILS: Final = (
-    ", o.event_id, {lane} AS lane, o.payload::text, o.tags::text, o.accepted, o.ending::text, o.expires_at, o.replay, "
-    "o.traceparent, o.base_version"
+    ", o.event_id, {lane} AS lane, o.payload::text, o.tags::text, array_remove(o.accepted, '') AS accepted, "
+    "o.ending::text, o.expires_at, o.replay, o.traceparent, o.base_version"
 )
 _MATCHES: Final = """
     (%(aggregate_type)s::text IS NULL OR o.aggregate_type = %(aggregate_type)s)
@@ -250,13 +250,16 @@ WHERE o.id > %(after)s AND {lane} = %(lane)s
 GROUP BY 1, 2
 """
 
-# Behind a hold an event is parked, so that it goes out in its place. `accepted` stays: a channel that has accepted
-# a dead event is not sent it again. A delivered one goes to all its channels, under a key that is new.
+# Behind a hold an event is parked, so that it goes out in its place. `accepted` stays, but for those who took the gap
+# alone: a channel that has accepted a dead event is not sent it again. A delivered one goes to all its channels, under
+# a key that is new.
 _AGAIN: Final = """
 UPDATE {outbox} AS o
 SET state = CASE WHEN EXISTS (SELECT FROM {outbox_hold} AS h WHERE {of_aggregate})
                  THEN 'parked'::{outbox_state} ELSE 'pending'::{outbox_state} END,
     replay = CASE WHEN o.state = 'delivered' THEN coalesce(o.replay, 0) + 1 ELSE o.replay END,
+    accepted = CASE WHEN array_position(o.accepted, '') IS NULL THEN o.accepted
+                    ELSE nullif(o.accepted[:array_position(o.accepted, '') - 1], '{{}}') END,
     settled_at = NULL, error = NULL
 WHERE o.id = ANY(%(ids)s::bigint[]) AND o.state = %(state)s::{outbox_state}
 RETURNING o.id, o.aggregate_type::text, o.aggregate_id::text

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from outbox_relay.event import Event, Hold, Outage, Reply
+from outbox_relay.event import GAP_ALONE, Event, Hold, Outage, Reply
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +180,12 @@ def judge(
         if internal and hold is None and not anything_accepted:
             outage = Outage(f"Centrifugo accepts nothing: error {INTERNAL}, {internal[0].message}")
             continue
+        accepted = (GAP_ALONE, *reply.accepted) if event.ending and reply.accepted else reply.accepted
         if reply.bundled:
-            settlements.append(Settlement(event, UNSETTLED, reply.accepted))
+            settlements.append(Settlement(event, UNSETTLED, accepted))
             continue
         others = min(accepted_at.get(namespace(refusal.channel), 0.0) for refusal in reply.refusals)
         own_hold = hold if hold is not None and hold.head_id == event.id else None
         outcome = decide(reply, own_hold, others, now, policy_of(event.aggregate_type), ending=event.ending)
-        settlements.append(Settlement(event, outcome, reply.accepted))
+        settlements.append(Settlement(event, outcome, accepted))
     return settlements, outage

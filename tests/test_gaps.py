@@ -10,6 +10,7 @@ import pytest
 
 from outbox_relay.centrifugo import Centrifugo as Publisher
 from outbox_relay.embedded.centrifugo import DEFAULT_CONFIG, Centrifugo
+from outbox_relay.event import GAP_ALONE
 from outbox_relay.operator import Operator
 from outbox_relay.options import Options
 from outbox_relay.outcome import Policy
@@ -155,6 +156,41 @@ def test_only_channels_that_lack_the_event_are_told(
         (2, "change"),
     ]
     assert [(state, ending) for state, ending, _ in rows(connection)] == [("discarded", None), ("delivered", None)]
+
+
+def test_who_took_the_gap_alone_is_sent_the_event_when_it_is_requeued(
+    connect: Connect, database_url: str, start_centrifugo: Callable[..., Centrifugo]
+) -> None:
+    """Two channels refuse an event, and one of them is not there when they are told. Who took the gap before the other
+    did has not got the event."""
+    hist = DEFAULT_CONFIG["channel"]["namespaces"][0]
+    one, two = (hist | {"name": name, "publication_data_format": "json_object"} for name in ("one", "two"))
+    whole, half = (start_centrifugo({"channel": {"namespaces": found}}) for found in ([one, two], [one]))
+    connection = connect()
+    policy = Policy(backoff_base=3600.0, backoff_max=3600.0, max_attempts=1, min_age=0.0)
+    event = add(connection, 1, ["one:1", "two:1"], name="bad", payload="1")
+    with Stepper(database_url, Publisher(whole.api_url, whole.api_key), Options(policy=policy)) as steps:
+        steps.step()
+        add(connection, 1, ["one:2", "two:2"], name="other")
+        steps.step()
+        steps.make_due()
+        steps.step()
+        assert rows(connection, "bad") == [("parked", "dead", None)]
+    with Stepper(database_url, Publisher(half.api_url, half.api_key), Options(policy=policy)) as steps:
+        steps.step()
+        assert rows(connection, "bad") == [("parked", "dead", [GAP_ALONE, "one:1"])]
+    with (
+        Gateway(whole.api_url) as gateway,
+        Stepper(database_url, Publisher(gateway.url, whole.api_key), Options(policy=policy)) as steps,
+    ):
+        steps.make_due()
+        steps.step()
+        assert [state for state, _, _ in rows(connection, "bad")] == ["dead"]
+        assert Operator(database_url).requeue([event]).events == 1
+        steps.step()
+        told, again = gateway.commands
+        assert (is_gap(told), told.channels) == (True, ("two:1",))
+        assert (is_gap(again), again.channels) == (False, ("one:1", "two:1"))
 
 
 def test_a_gap_that_is_refused_is_tried_again_and_then_recorded_as_untold(
