@@ -1,7 +1,6 @@
 """Whatever the weather: two relays over an outbox in memory, driven by Hypothesis, judged by a log of requests.
 
-The workers, `waves`, `judge`, `decide` and `Suspects` are the real ones. In place of PostgreSQL stands `Memory`, which
-says in plain Python what the statements of `Store` say in SQL, on a clock that a test turns by minutes at once; in
+The workers, `waves`, `judge`, `decide` and `Suspects` are the real ones. In place of PostgreSQL stands `Memory`; in
 place of Centrifugo `Weather`, which accepts and refuses as it is told. Relays die and lose their database in the middle
 of a batch, which is undone then, but for what was sent. The judge knows nothing of holds, attempts or
 suspects: only who was sent when, and who was accepted.
@@ -12,7 +11,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import cast
@@ -22,15 +20,14 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from outbox_relay.database import DatabaseUnavailableError
-from outbox_relay.event import ACCEPTED, Event, Hold, Outage, Refusal, Reply
+from outbox_relay.event import ACCEPTED, Event, Outage, Refusal, Reply
 from outbox_relay.options import Options
-from outbox_relay.outcome import INTERNAL, PERMANENT, GivenUp, Held, Policy, Settlement, namespace
+from outbox_relay.outcome import INTERNAL, PERMANENT, Policy, namespace
 from outbox_relay.packing import Limits
 from outbox_relay.relay import Worker
 from outbox_relay.shared import Pause, Shared
-from outbox_relay.store import Batch, Claim, Clock, Lane, Store
-
-Aggregate = tuple[str, str]
+from outbox_relay.store import Store
+from tests.support.memory import BLINK, WAITING, Aggregate, Memory, Row
 
 AGGREGATES: Sequence[Aggregate] = [(type_, name) for type_ in ("goes on", "waits") for name in "1234"]
 CHANNELS = ["a:1", "a:2", "b:1", "c:1"]
@@ -44,177 +41,6 @@ OPTIONS = Options(
     policy=POLICY,
     policies={"waits": replace(POLICY, wait_after_dead=True)},
 )
-WAITING, ENDED = frozenset({"pending", "parked"}), frozenset({"delivered", "dead", "discarded"})
-LANES = 1 + len(AGGREGATES) // 2
-BLINK = 0.001
-"""Seconds that a request, a reply or a transaction takes."""
-
-
-@dataclass
-class Row:
-    event: Event
-    state: str = "pending"
-    accepted: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Wait:
-    """A row of outbox_hold."""
-
-    hold: Hold
-    due_at: float
-
-
-class Memory:
-    """`Store` without a database."""
-
-    wake_up = None
-
-    def __init__(self) -> None:
-        self.now = 1_000.0
-        self.rows: dict[int, Row] = {}
-        self.waits: dict[Aggregate, Wait] = {}
-        self.fails_to_settle = False
-
-    def enqueue(self, aggregate: Aggregate, channels: list[str]) -> None:
-        id_ = len(self.rows) + 1
-        lane = _lane(aggregate)
-        self.rows[id_] = Row(
-            Event(id_, f"event {id_}", *aggregate, lane, id_, "change", channels, "{}", None, None, self.now)
-        )
-
-    def of(self, aggregate: Aggregate, *states: str) -> list[Row]:
-        """An aggregate's events in these states, in id order."""
-        return [row for row in self.rows.values() if row.event.aggregate == aggregate and row.state in states]
-
-    # What a worker asks of its store.
-
-    def prove_writable(self) -> None:
-        pass
-
-    def rehearse(self, ids: Sequence[int]) -> None:
-        pass
-
-    def request_deadline(self) -> float | None:
-        return math.inf
-
-    @contextmanager
-    def batch(self) -> Iterator[None]:
-        rows = {id_: Row(row.event, row.state, list(row.accepted)) for id_, row in self.rows.items()}
-        waits = {aggregate: Wait(wait.hold, wait.due_at) for aggregate, wait in self.waits.items()}
-        try:
-            yield
-        except BaseException:
-            self.rows, self.waits = rows, waits
-            raise
-        self.now += BLINK
-
-    def claim(self, after: int, lanes: int) -> Claim:
-        due = {_lane(aggregate) for aggregate, wait in self.waits.items() if wait.due_at <= self.now}
-        pending = {row.event.lane for row in self.rows.values() if row.state == "pending"}
-        order = [(after + step) % LANES for step in range(1, LANES + 1)]
-        return Claim(
-            [Lane(lane, lane in due) for lane in order if lane in due | pending][:lanes],
-            cast(Clock, _Now(self)),
-        )
-
-    def read(self, lanes: Sequence[Lane], *, events: int, per_lane: int, max_bytes: int) -> Batch:
-        batch = Batch()
-        due: list[Event] = []
-        for aggregate, wait in self.waits.items():
-            if wait.due_at <= self.now and Lane(_lane(aggregate), True) in lanes:
-                batch.holds[aggregate] = wait.hold
-                due += [self._sent(row) for row in self.of(aggregate, "parked")[:per_lane]]
-        met: list[Row] = []
-        for lane, _ in lanes:
-            mine = [row for row in self.rows.values() if row.event.lane == lane and row.state == "pending"]
-            met += mine[:per_lane]
-        for row in met:
-            if row.event.aggregate in self.waits:
-                row.state = "parked"
-                batch.parked += 1
-        free = [self._sent(row) for row in met if row.state == "pending"]
-        batch.events = [*sorted(due), *sorted(free)]
-        return batch
-
-    def settle(self, delivered: Sequence[int], refused: Sequence[Settlement], holds: Mapping[Aggregate, Hold]) -> None:
-        if self.fails_to_settle:
-            raise DatabaseUnavailableError("while settling")
-        for id_ in delivered:
-            self.rows[id_].state = "delivered"
-        held: set[Aggregate] = set()
-        for event, outcome, accepted in refused:
-            row = self.rows[event.id]
-            row.accepted += accepted
-            match outcome:
-                case Held():
-                    row.state = "parked"
-                    self._hold(event, outcome, self.now + outcome.delay)
-                    held.add(event.aggregate)
-                case GivenUp():
-                    row.state = outcome.state
-                    if outcome.wait:
-                        self._hold(event, Held(0, 0, 0.0, ""), math.inf)
-                        held.add(event.aggregate)
-        for aggregate in holds.keys() - held:
-            self._release(aggregate)
-
-    # What an operator does, as `Operator` does it.
-
-    def discard(self, row: Row) -> None:
-        row.state = "discarded"
-        self._move_on(row.event.aggregate)
-
-    def requeue(self, row: Row) -> None:
-        row.state = "parked" if row.event.aggregate in self.waits else "pending"
-        self._move_on(row.event.aggregate)
-
-    def gone_out_after(self, row: Row) -> bool:
-        """Whether a later event of its aggregate was delivered, or accepted by some channel."""
-        return any(
-            other.event.id > row.event.id and (other.state == "delivered" or other.accepted)
-            for other in self.of(row.event.aggregate, *WAITING, *ENDED)
-        )
-
-    def _move_on(self, aggregate: Aggregate) -> None:
-        wait = self.waits.get(aggregate)
-        if wait is None or (wait.due_at == math.inf and self.rows[wait.hold.head_id].state == "dead"):
-            return
-        parked = self.of(aggregate, "parked")
-        if parked and wait.due_at == math.inf:
-            self.waits[aggregate] = Wait(Hold(parked[0].event.id, 0, 0, False, self.now, self.now), self.now)
-        else:
-            self._release(aggregate)
-
-    def _sent(self, row: Row) -> Event:
-        return row.event._replace(accepted=list(row.accepted) or None)
-
-    def _hold(self, event: Event, outcome: Held, due_at: float) -> None:
-        known = self.waits.get(event.aggregate)
-        same = known is not None and known.hold.head_id == event.id
-        first = known.hold.first_refused_at if known is not None and same else self.now
-        hold = Hold(event.id, outcome.tries, outcome.attempts, outcome.alone, first, self.now)
-        self.waits[event.aggregate] = Wait(hold, due_at)
-
-    def _release(self, aggregate: Aggregate) -> None:
-        parked = self.of(aggregate, "parked")
-        if not parked:
-            del self.waits[aggregate]
-        elif parked[0].event.id != self.waits[aggregate].hold.head_id:
-            self.waits[aggregate] = Wait(Hold(parked[0].event.id, 0, 0, False, self.now, self.now), self.now)
-
-
-def _lane(aggregate: Aggregate) -> int:
-    """Two aggregates share each lane; those that come on top are all in one."""
-    return 1 + AGGREGATES.index(aggregate) // 2 if aggregate in AGGREGATES else 0
-
-
-class _Now:
-    def __init__(self, memory: Memory) -> None:
-        self._memory = memory
-
-    def now(self) -> float:
-        return self._memory.now
 
 
 @dataclass
@@ -308,7 +134,8 @@ class Weather:
             wait = self._memory.waits.get(event.aggregate)
             assert wait is None or wait.due_at <= self._memory.now
             for other in self._memory.of(event.aggregate, *WAITING):
-                assert other.event.id >= event.id or self._complete(other.event), f"{other} is overtaken by {event}"
+                over = other.ending is not None or self._complete(other.event)
+                assert other.event.id >= event.id or over, f"{other} is overtaken by {event}"
 
     def _complete(self, event: Event) -> bool:
         return {channel for heard, channel in self.accepted() if heard.id == event.id} == set(event.channels)
@@ -364,7 +191,7 @@ skies = st.builds(
 class RelayUnderWeather(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.memory = Memory()
+        self.memory = Memory(AGGREGATES)
         self.weather = Weather(self.memory)
         self.workers = [self._start_relay() for _ in range(2)]
         self.dead: set[int] = set()
@@ -440,7 +267,7 @@ class RelayUnderWeather(RuleBasedStateMachine):
         for wait in self.memory.waits.values():
             assert wait.hold.attempts <= attempts.get(wait.hold.head_id, 0) + 1
         changed = {(before[id_], row.state) for id_, row in self.memory.rows.items() if before[id_] != row.state}
-        assert changed <= {("pending", "parked"), ("parked", "dead"), ("pending", "dead")}
+        assert changed <= {("pending", "parked"), ("parked", "dead"), ("pending", "dead"), ("parked", "discarded")}
         self.weather.sky = Sky()
 
     @precondition(lambda self: any(row.state == "dead" for row in self.memory.rows.values()))
