@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 from outbox_relay.database import DatabaseUnavailableError
-from outbox_relay.event import Event, Hold
+from outbox_relay.event import GAP_ALONE, Event, Hold
 from outbox_relay.outcome import BEHIND, GivenUp, Held, Owed, Settlement
 from outbox_relay.store import Batch, Claim, Clock, Lane
 
@@ -177,6 +177,8 @@ class Memory:
         self._move_on(row.event.aggregate)
 
     def requeue(self, row: Row) -> None:
+        if GAP_ALONE in row.accepted:
+            row.accepted = row.accepted[: row.accepted.index(GAP_ALONE)]
         row.state, row.error = "parked" if row.event.aggregate in self.waits else "pending", None
         self._move_on(row.event.aggregate)
 
