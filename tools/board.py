@@ -21,12 +21,13 @@ DOCS: Final = Path(__file__).parent.parent / "docs"
 WIDTH: Final = 1000
 HEIGHT: Final = 1000
 MILLISECONDS: Final = 60_000
-FRAMES: Final = 12
-BEFORE: Final = 3
-"""Frames before the harm."""
+BEFORE: Final = 2
+FIRST: Final = 2
+AFTER: Final = 4
+"""Frames before the harm, right after it, and from when the page without versions is wrong."""
 EVERY: Final = 700
 """Milliseconds from frame to frame."""
-QUALITY: Final = 45
+QUALITY: Final = 25
 
 WRONG: Final = (
     "document.querySelectorAll('#naive .wrong').length > 1 && !document.querySelector('#page .wrong')"
@@ -40,9 +41,10 @@ def main() -> None:
         page.goto(url)
         frames = _frames(page, BEFORE)
         page.get_by_role("button", name=HARM["restore"].label).click()
-        frames += _frames(page, FRAMES - BEFORE)
+        frames += _frames(page, FIRST)
         page.wait_for_function(WRONG, timeout=MILLISECONDS)
         page.screenshot(path=DOCS / "board.png", full_page=True)
+        frames += _frames(page, AFTER)
     (DOCS / "board.svg").write_text(animated(frames, WIDTH, HEIGHT, EVERY / 1000))
 
 
