@@ -44,7 +44,7 @@ board: setup ## Serve a live page beside the database's truth, with buttons that
 	@.venv/bin/python -m examples.board $(ARGS)
 
 .PHONY: picture
-picture: setup debian ## Make docs/demo.svg and docs/board.png anew
+picture: setup debian ## Make the pictures of docs/ anew
 	@.venv/bin/python tools/picture.py
 	@.venv/bin/python -m tools.board
 

@@ -78,7 +78,11 @@ def test_hazard_20_relays_and_writers_share_three_sessions(
         psycopg.connect(pooled_url, autocommit=True, prepare_threshold=None) as writer,
     ):
         for version in range(1, 31):
-            committed += [write(writer, str(number), version, channel) for number in range(10)]
+            for number in range(10):
+                with writer.transaction():
+                    # It may get a spoilt session too, and waits for the table to be extended, for instance.
+                    writer.execute("SET LOCAL lock_timeout = 0")
+                    committed.append(write(writer, str(number), version, channel))
         wait_until(lambda: states(connection) == {"delivered": 300}, "all are delivered")
         assert len(server_sessions(connection)) == SESSIONS
     assert len(gateway.commands) == 300
