@@ -13,21 +13,17 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import cast
 
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, Phase, settings
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import invariant, precondition, rule
 
-from outbox_relay.database import DatabaseUnavailableError
 from outbox_relay.event import ACCEPTED, Event, Outage, Refusal, Reply
 from outbox_relay.options import Options
 from outbox_relay.outcome import INTERNAL, PERMANENT, Policy, namespace
 from outbox_relay.packing import Limits
-from outbox_relay.relay import Worker
-from outbox_relay.shared import Pause, Shared
-from outbox_relay.store import Store
 from tests.support.memory import BLINK, WAITING, Aggregate, Memory, Row
+from tests.support.two_relays import KilledError, TwoRelays
 
 AGGREGATES: Sequence[Aggregate] = [(type_, name) for type_ in ("goes on", "waits") for name in "1234"]
 CHANNELS = ["a:1", "a:2", "b:1", "c:1"]
@@ -73,10 +69,6 @@ class Request:
             for channel in event.unsent
             if not self.failed and channel not in self.refused.get(event.id, {})
         ]
-
-
-class KilledError(BaseException):
-    """The end of a relay, in the middle of what it did."""
 
 
 class Weather:
@@ -188,17 +180,12 @@ skies = st.builds(
 )
 
 
-class RelayUnderWeather(RuleBasedStateMachine):
+class RelayUnderWeather(TwoRelays):
     def __init__(self) -> None:
-        super().__init__()
-        self.memory = Memory(AGGREGATES)
-        self.weather = Weather(self.memory)
-        self.workers = [self._start_relay() for _ in range(2)]
+        memory = Memory(AGGREGATES)
+        self.weather = Weather(memory)
+        super().__init__(memory, self.weather, OPTIONS)
         self.dead: set[int] = set()
-
-    def _start_relay(self) -> Worker:
-        shared = Shared(Pause(OPTIONS.pause_min, OPTIONS.pause_max))
-        return Worker(cast(Store, self.memory), self.weather, OPTIONS, shared)
 
     @rule(
         aggregate=st.sampled_from(AGGREGATES),
@@ -222,32 +209,7 @@ class RelayUnderWeather(RuleBasedStateMachine):
         for relay in relays:
             self.memory.now += seconds
             self.workers[relay].run_once()
-            self._judge_the_dead()
-
-    @rule(relay=st.integers(0, 1), requests=st.integers(0, 4))
-    def a_relay_dies(self, relay: int, requests: int) -> None:
-        """In the middle of a batch, if that has so many requests. Another one is started in its place."""
-        began = len(self.weather.log)
-        self.weather.kills_after = requests
-        try:
-            self.workers[relay].run_once()
-        except KilledError:
-            self.weather.undo(began)
-        self.weather.kills_after = math.inf
-        self.workers[relay] = self._start_relay()
-        self._judge_the_dead()
-
-    @rule(relay=st.integers(0, 1))
-    def a_relay_loses_its_database(self, relay: int) -> None:
-        """Having sent, and before it can write what came of it. It knows what it has seen, and begins a new session."""
-        began = len(self.weather.log)
-        self.memory.fails_to_settle = True
-        try:
-            self.workers[relay].run_once()
-        except DatabaseUnavailableError:
-            self.weather.undo(began)
-        self.memory.fails_to_settle = False
-        self._judge_the_dead()
+            self.worked()
 
     @rule(
         sky=st.sampled_from([Sky(down=True), Sky(refusing=dict.fromkeys(CHANNELS, INTERNAL))]),
@@ -263,7 +225,7 @@ class RelayUnderWeather(RuleBasedStateMachine):
             self.workers[minute % 2].run_once()
             if minute == 0:
                 attempts = {wait.hold.head_id: wait.hold.attempts for wait in self.memory.waits.values()}
-        self._judge_the_dead()
+        self.worked()
         for wait in self.memory.waits.values():
             assert wait.hold.attempts <= attempts.get(wait.hold.head_id, 0) + 1
         changed = {(before[id_], row.state) for id_, row in self.memory.rows.items() if before[id_] != row.state}
@@ -291,7 +253,7 @@ class RelayUnderWeather(RuleBasedStateMachine):
             if row.state == "dead" or (row.state == "parked" and row.event.id in heads)
         ]
 
-    def _judge_the_dead(self) -> None:
+    def worked(self) -> None:
         """Given up only for refusals that were its own: enough and long enough, or one that can never end well."""
         for row in self.memory.rows.values():
             if row.state != "dead" or row.event.id in self.dead:

@@ -11,22 +11,19 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, Phase, settings
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import invariant, precondition, rule
 
-from outbox_relay.database import DatabaseUnavailableError
 from outbox_relay.event import Event, Outage, Refusal, Reply
 from outbox_relay.options import Options
 from outbox_relay.outcome import Policy
 from outbox_relay.packing import Limits, Wire
-from outbox_relay.relay import Worker
-from outbox_relay.shared import Pause, Shared
-from outbox_relay.store import Store
 from outbox_relay.wire import commands, replies
 from tests.support.memory import BLINK, WAITING, Aggregate, Memory, Row
+from tests.support.two_relays import KilledError, TwoRelays
 
 AGGREGATES: Sequence[Aggregate] = [("kept", "1"), ("conflated", "1"), ("conflated", "2"), ("silent", "1")]
 CHANNELS = ["single:1", "single:2", "bundled:1", "bundled:2"]
@@ -60,10 +57,6 @@ class Accepted:
     @property
     def gap(self) -> bool:
         return self.event.kind == "gap"
-
-
-class KilledError(BaseException):
-    """The end of a relay, in the middle of what it did."""
 
 
 class Channels:
@@ -118,21 +111,16 @@ class Channels:
         return {"publish": {}} if len(channels) == 1 else {"broadcast": {"responses": responses}}
 
 
-class PoliciesUnderWeather(RuleBasedStateMachine):
+class PoliciesUnderWeather(TwoRelays):
     def __init__(self) -> None:
-        super().__init__()
-        self.memory = Memory(AGGREGATES)
-        self.channels = Channels(self.memory)
-        self.workers = [self._start_relay() for _ in range(2)]
+        memory = Memory(AGGREGATES)
+        self.channels = Channels(memory)
+        super().__init__(memory, self.channels, OPTIONS)
         self.requeued: set[int] = set()
         self.let_go: set[int] = set()
         """Discarded a second time: nobody is told."""
         self.endings: dict[int, str] = {}
         """How those end that are given up and whose gap is not told yet."""
-
-    def _start_relay(self) -> Worker:
-        shared = Shared(Pause(OPTIONS.pause_min, OPTIONS.pause_max))
-        return Worker(cast(Store, self.memory), self.channels, OPTIONS, shared)
 
     @rule(
         aggregate=st.sampled_from(AGGREGATES),
@@ -176,29 +164,6 @@ class PoliciesUnderWeather(RuleBasedStateMachine):
         for relay in relays:
             self.memory.now += seconds
             self.workers[relay].run_once()
-
-    @rule(relay=st.integers(0, 1), requests=st.integers(0, 3))
-    def a_relay_dies(self, relay: int, requests: int) -> None:
-        """In the middle of a batch, if that has so many requests. Another one is started in its place."""
-        began = len(self.channels.log)
-        self.channels.kills_after = requests
-        try:
-            self.workers[relay].run_once()
-        except KilledError:
-            self.channels.undo(began)
-        self.channels.kills_after = math.inf
-        self.workers[relay] = self._start_relay()
-
-    @rule(relay=st.integers(0, 1))
-    def a_relay_loses_its_database(self, relay: int) -> None:
-        """Having sent, and before it can write what came of it."""
-        began = len(self.channels.log)
-        self.memory.fails_to_settle = True
-        try:
-            self.workers[relay].run_once()
-        except DatabaseUnavailableError:
-            self.channels.undo(began)
-        self.memory.fails_to_settle = False
 
     @precondition(lambda self: self._dead())
     @rule(data=st.data(), innocent=st.sampled_from([True, True, False]))
