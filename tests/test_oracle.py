@@ -462,6 +462,31 @@ def test_nothing_is_swallowed_singly_where_there_are_no_bundles() -> None:
     assert found(history) == ["order"]
 
 
+def given_up(answered_at: float) -> History:
+    """Version 3 of the first aggregate waits at a frozen Centrifugo; another relay sends it in a bundle with 4."""
+    history = faultless()
+    first = replace(sent(3, "0"), executed_at=answered_at - 0.1, answered_at=answered_at)
+    both = [(f"0-{n}", [CHANNEL], False) for n in (3, 4)]
+    second = Sent(3.5, both, [[0]] * 2, executed_at=3.7, answered_at=3.8, publications=(0, 0))
+    others = [sent(3, "1", "2"), sent(4, "1", "2"), history.sent[4]]
+    history.sent = [*history.sent[:2], first, others[0], second, *others[1:]]
+    history.rows.settled_at["0-3"] = 4.5
+    history.faults = [Struck("Centrifugo frozen", 2.9, 3.7)]
+    heard = history.heard[stream("0")]
+    heard.insert(4, heard[2])
+    return history
+
+
+def test_an_event_that_was_given_up_may_surface_after_its_successors() -> None:
+    """Centrifugo runs the second request before the first, whose answer comes when nobody waits for it any more."""
+    assert judge(given_up(4.0)).violations == []
+    assert judge(given_up(4.0)).late == 1
+
+
+def test_one_whose_answer_had_come_may_not() -> None:
+    assert found(given_up(3.4)) == ["order"]
+
+
 # Map and exclusive channels: Centrifugo keeps the versions.
 
 

@@ -320,9 +320,17 @@ def bill(history: History) -> tuple[list[Bill], list[str]]:
 
 
 def _unanswered(sent: Iterable[Sent]) -> set[str]:
-    """Events of requests whose outcome the relay could not know, or that a middle box repeated."""
+    """Events of requests whose outcome the relay could not know, or that a middle box repeated.
+
+    An event that is sent again before its request is answered was given up: the answer comes to nobody, or to a zombie.
+    """
     keys: set[str] = set()
+    answered: dict[str, float] = {}
     for request in sent:
+        carried = {key for key, _, _ in request.events}
+        keys.update(key for key in carried if answered.get(key, 0.0) > request.at)
+        if request.answered_at is not None:
+            answered.update((key, max(answered.get(key, 0.0), request.answered_at)) for key in carried)
         if request.answered_at is None or request.repeated:
             keys.update(key for key, _, _ in request.events)
         else:
