@@ -11,6 +11,7 @@ from typing import Any
 
 import psycopg
 
+from tests.chaos.measure import Injection, Strike
 from tests.chaos.world import People
 from tests.chaos.writers import CONFLATED, GROUPS, PLAIN, TYPES
 from tests.support.oracle import Aggregate, Fact, Heard, History, Hole, Rows, Sent, Stream, Struck
@@ -178,6 +179,14 @@ def read_rows(connection: psycopg.Connection[Any]) -> Rows:
     things = connection.execute("SELECT id, version FROM thing").fetchall()
     rows.versions = {(TYPES[name.rpartition("-")[0]], name): version for name, version in things}
     return rows
+
+
+def write_faults(folder: Path, strikes: Sequence[Strike], injections: Sequence[Injection]) -> None:
+    """For whoever looks into a run: when each fault struck, on the clock of the other logs, and what it cost."""
+    with (folder / "faults.jsonl").open("w", encoding="utf-8") as file:
+        for strike, injection in zip(strikes, injections, strict=True):
+            times = {"at": strike.at, "struck": strike.struck, "healed": strike.healed, "alone": strike.alone}
+            file.write(json.dumps({**times, **injection._asdict()}) + "\n")
 
 
 def _add_holes(history: History, path: Path) -> None:

@@ -31,6 +31,8 @@ from tests.support.waiting import wait_until
 
 CALM: Final = 4.0
 """Seconds without faults at the beginning: nothing may be repeated in them."""
+CALMED: Final = 20.0
+"""Seconds after which what earlier faults have left behind must have passed by, before one strikes alone."""
 HEALED_IN: Final = 30.0
 """Seconds after the last fault in which everything must have ended."""
 OVERLOADED: Final = 6.0
@@ -130,13 +132,15 @@ def run(stage: Stage, seconds: float, seed: str, rate: float, folder: Path) -> R
             raise VoidRunError(f"the subscriber lost its stream: see {folder / 'witness.jsonl'}")
         verdict = judge(history)
         waiting = Waiting(written.plain_at, history.rows.settled_at)
+        injections = [
+            Injection(strike.fault.kind, cost.duplicates, cost.in_flight, recovery(strike, struck, waiting, healed))
+            for strike, cost in zip(struck, verdict.bills, strict=True)
+        ]
+        logs.write_faults(folder, struck, injections)
         return Result(
             stage,
             verdict,
-            [
-                Injection(strike.fault.kind, cost.duplicates, cost.in_flight, recovery(strike, struck, waiting, healed))
-                for strike, cost in zip(struck, verdict.bills, strict=True)
-            ],
+            injections,
             left,
             events=len(written.committed_at),
             transactions=written.transactions,
@@ -174,7 +178,7 @@ class _Storm:
             if appointment.alone:
                 # What is left of the faults before is not this one's: all others wait as long.
                 now = time.monotonic()
-                self._world.wait_until_calm(CALM)
+                self._world.wait_until_calm(CALMED)
                 started += time.monotonic() - now
             if self._errors:
                 break
