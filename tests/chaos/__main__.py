@@ -39,7 +39,8 @@ def main() -> int:
         print(f"== {stage.name}: {seconds:.0f} s, seed {chosen.seed}", file=sys.stderr)
         results.append(run(stage, seconds, f"{chosen.seed}/{stage.name}", chosen.rate, folder / str(number)))
         _print(results[-1])
-    broken = [text for result in results for text in result.violations] + report.too_slow(results)
+    broken = [text for result in results for text in result.violations]
+    # No promise depends on a time; the figures of recorded runs do.
     for text in report.too_slow(results):
         print(text)
     if chosen.record:
