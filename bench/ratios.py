@@ -243,8 +243,8 @@ RATIOS: Final = (
     ),
     Ratio(
         "hot-bundles",
-        "one hot aggregate, in bundles ÷ Centrifugo's consumer",
-        Of(("hot/loopback/us-bundles",)),
+        "one hot aggregate, in bundles, both delete their rows ÷ Centrifugo's consumer",
+        Of(("hot/loopback/us-bundles-keep0",)),
         Of(("hot/loopback/centrifugo-8",)),
         1.0,
         2.0,

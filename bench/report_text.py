@@ -58,8 +58,8 @@ without it. Those that share the hot one's lane, one in 256, wait for its events
     "hot": """\
 One aggregate: in strict order every event waits for the answer to the one before, unless they travel in a bundle,
 which its subscribers must take apart (`bundle_events = 500` here). Centrifugo's consumer publishes its
-partition's rows one after the other without leaving its process; an event that Centrifugo refuses is dropped, and its
-successors follow.""",
+partition's rows one after the other without leaving its process, and deletes them, as the relay does with `keep = 0`;
+an event that Centrifugo refuses is dropped, and its successors follow.""",
     "conflation": """\
 Snapshots of 1,000 objects that piled up while nobody published: the seconds until the last one of every object has
 arrived. The relay was told to conflate this type: of an object's snapshots that it reads together it sends the last.

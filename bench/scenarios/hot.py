@@ -46,13 +46,15 @@ class Hot:
         binary = find_or_build()
         for name, (round_trip, full, bundled) in DISTANCES.items():
             ours = partial(_ours, postgres, binary, name)
+            few, many = mode.scaled(full, least=full // 2), mode.scaled(bundled, least=bundled // 2)
             rows = [
-                ours(side="us", title="one by one", events=mode.scaled(full, least=full // 2), settings={}),
+                ours(side="us", title="one by one", events=few, settings={}),
+                ours(side="us-bundles", title="bundles", events=many, settings=BUNDLES),
                 ours(
-                    side="us-bundles",
-                    title="bundles",
-                    events=mode.scaled(bundled, least=bundled // 2),
-                    settings=BUNDLES,
+                    side="us-bundles-keep0",
+                    title="bundles, rows deleted",
+                    events=many,
+                    settings={**BUNDLES, "keep": 0},
                 ),
             ]
             if not round_trip:
