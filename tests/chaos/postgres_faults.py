@@ -42,7 +42,7 @@ def restarted(world: World, chance: Random) -> Iterator[None]:
 @contextmanager
 def sessions_ended(world: World, chance: Random) -> Iterator[None]:
     """pg_terminate_backend for every session of a relay, again and again."""
-    with world.session() as connection, _repeated(lambda: connection.execute(_END_RELAYS), every=0.2):
+    with world.session(_END_RELAYS) as connection, _repeated(lambda: connection.execute(_END_RELAYS), every=0.2):
         yield
 
 
@@ -57,7 +57,8 @@ def connections_exhausted(world: World, chance: Random) -> Iterator[None]:
                     stack.callback(psycopg.connect(world.database_url).close)
 
         take_all()
-        connection.execute(_END_RELAYS)
+        with contextlib.suppress(psycopg.OperationalError):
+            connection.execute(_END_RELAYS)
         with _repeated(take_all, every=0.02):
             yield
 
@@ -76,29 +77,27 @@ def disk_full(world: World, chance: Random) -> Iterator[None]:
 @contextmanager
 def locked_by_ddl(world: World, chance: Random) -> Iterator[None]:
     """DDL waits for everybody, everybody waits for the DDL, and the relays' lock_timeout strikes."""
-    with world.session() as connection, connection.transaction():
-        connection.execute("SET LOCAL lock_timeout = '3s'")
-        connection.execute("ALTER TABLE outbox ALTER COLUMN error SET STORAGE EXTENDED")
+    alter = "ALTER TABLE outbox ALTER COLUMN error SET STORAGE EXTENDED"
+    with world.session("BEGIN", "SET LOCAL lock_timeout = '3s'", alter):
         yield
 
 
 @contextmanager
 def long_transaction(world: World, chance: Random) -> Iterator[None]:
     """An application has written an event and thinks for long, before it takes everything back."""
-    with world.session() as connection, connection.transaction(force_rollback=True):
-        connection.execute(
-            "INSERT INTO outbox (aggregate_type, aggregate_id, version, channels, payload) "
-            "VALUES ('thing', 'long-0', 1, '{hist:long}', '{}')"
-        )
+    insert = (
+        "INSERT INTO outbox (aggregate_type, aggregate_id, version, channels, payload) "
+        "VALUES ('thing', 'long-0', 1, '{hist:long}', '{}')"
+    )
+    with world.session("BEGIN", insert) as connection:
         yield
+        connection.rollback()
 
 
 @contextmanager
 def snapshot_held(world: World, chance: Random) -> Iterator[None]:
     """Nothing that is deleted or changed meanwhile can be cleaned away."""
-    with world.session() as connection, connection.transaction():
-        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-        connection.execute("SELECT count(*) FROM thing")
+    with world.session("BEGIN ISOLATION LEVEL REPEATABLE READ", "SELECT count(*) FROM thing"):
         yield
 
 

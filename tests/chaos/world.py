@@ -350,10 +350,25 @@ class World:
             time.sleep(0.05)
 
     @contextmanager
-    def session(self) -> Iterator[psycopg.Connection[Any]]:
-        """As `database`, for a fault that others may end early: a lost session or a refused lock is no error."""
-        with contextlib.suppress(psycopg.OperationalError), self.database() as connection:
-            yield connection
+    def session(self, *begin: str) -> Iterator[psycopg.Connection[Any]]:
+        """A session that begins with these statements, for a fault that is not the only one.
+
+        Where others end it, or keep a lock from it, it begins again; once the block runs, its end is no error.
+        """
+        connections: list[psycopg.Connection[Any]] = []
+        with contextlib.suppress(psycopg.OperationalError), ExitStack() as stack:
+
+            def begun() -> bool:
+                with contextlib.suppress(psycopg.OperationalError), ExitStack() as attempt:
+                    connection = attempt.enter_context(self.database())
+                    for statement in begin:
+                        connection.execute(statement)
+                    stack.push(attempt.pop_all())
+                    connections.append(connection)
+                return bool(connections)
+
+            wait_until(begun, f"a session that begins with {begin}")
+            yield connections[0]
 
     def ensure_database(self) -> None:
         """Start PostgreSQL if it is not running, and wait until it answers."""
