@@ -13,6 +13,7 @@ from playwright.sync_api import Browser, expect
 from examples.board.__main__ import create_board, serve
 from examples.board.app import advance
 from examples.board.harm import HARM, Playground
+from tests.board import report
 from tests.board.faults import FAULTS, Board
 from tests.board.rounds import database, open_board, play
 from tests.support.browser import chromium
@@ -103,3 +104,9 @@ def test_nothing_comes_from_elsewhere(browser: Browser, url: str) -> None:
     assert [address for address in asked if not address.startswith((url, "data:"))] == []
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "no sideways scrolling on a telephone"
     page.close()
+
+
+def test_the_document_is_that_of_the_recorded_rounds() -> None:
+    """And what is owed holds in it."""
+    assert report.DOCUMENT.read_text() == report.document(report.load(report.RAW))
+    assert "MISSED" not in report.DOCUMENT.read_text()
