@@ -62,8 +62,8 @@ partition's rows one after the other without leaving its process, and deletes th
 an event that Centrifugo refuses is dropped, and its successors follow.""",
     "conflation": """\
 Snapshots of 1,000 objects that piled up while nobody published: the seconds until the last one of every object has
-arrived. The relay was told to conflate this type: of an object's snapshots that it reads together it sends the last.
-Centrifugo's consumer publishes every one of them.""",
+arrived. The relay was told to conflate this type: of an object's snapshots that it looks at together it sends the last.
+Centrifugo's consumer publishes every one of them, and deletes them, as the relay does with `keep = 0`.""",
     "idle": """\
 This relay alone: what it costs while it has nothing to do or cannot do it, and how much memory it takes.""",
     "scale": """\

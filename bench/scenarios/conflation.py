@@ -24,6 +24,7 @@ OBJECTS: Final = 1_000
 EVENTS: Final = 1_000_000
 REPETITIONS: Final = 3
 SETTINGS: Final[Mapping[str, object]] = {"types": {"order": {"conflate": True}}}
+SIDES: Final[Mapping[str, Mapping[str, object]]] = {"us": SETTINGS, "us-keep0": {**SETTINGS, "keep": 0}}
 RIVALS: Final[Mapping[stage.Engine, tuple[str, ...]]] = {
     "redis": ("centrifugo-8", "centrifugo-64"),
     "memory": ("centrifugo-8",),
@@ -43,28 +44,31 @@ class Conflation:
         newest = Newest(OBJECTS, mode.scaled(EVENTS // OBJECTS))
         for engine, rivals in RIVALS.items():
             place = (engine, postgres, redis if engine == "redis" else None, binary, newest)
-            yield [_ours(*place), *(_rival(*place, side=side) for side in rivals)]
+            yield [*_ours(*place), *(_rival(*place, side=side) for side in rivals)]
 
 
-def _ours(engine: stage.Engine, postgres: Postgres, redis: Redis | None, binary: Path, newest: Newest) -> Row:
+def _ours(engine: stage.Engine, postgres: Postgres, redis: Redis | None, binary: Path, newest: Newest) -> Iterator[Row]:
+    """Yield a row with events kept, and one with events deleted, as the rival's are."""
     events = newest.objects * newest.version
     fill = partial(load.fill_ours, events=events, namespace="plain", aggregates=newest.objects, kind="snapshot")
-    return Row(
-        f"conflation/{engine}/us",
-        "outbox-relay, conflation",
-        "s",
-        Drain(
-            postgres=postgres,
-            template=stage.template(postgres, f"ours_{engine}", fill),
-            centrifugo=binary,
-            events=events,
-            redis=redis,
-            settings=SETTINGS,
-            newest=newest,
-        ),
-        {**relay_settings(SETTINGS), "events": events, "objects": newest.objects},
-        repetitions=REPETITIONS,
-    )
+    template = stage.template(postgres, f"ours_{engine}", fill)
+    for side, settings in SIDES.items():
+        yield Row(
+            f"conflation/{engine}/{side}",
+            f"outbox-relay, conflation{', rows deleted' if 'keep' in settings else ''}",
+            "s",
+            Drain(
+                postgres=postgres,
+                template=template,
+                centrifugo=binary,
+                events=events,
+                redis=redis,
+                settings=settings,
+                newest=newest,
+            ),
+            {**relay_settings(settings), "events": events, "objects": newest.objects},
+            repetitions=REPETITIONS,
+        )
 
 
 def _rival(

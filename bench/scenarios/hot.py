@@ -36,6 +36,13 @@ RIVAL: Final = "centrifugo-8"
 RIVAL_EVENTS: Final = 50_000
 
 
+class Backlog(NamedTuple):
+    """A database to be copied, and how many events it holds."""
+
+    template: str
+    events: int
+
+
 class Hot:
     name = "hot"
     title = "One hot aggregate alone"
@@ -45,17 +52,17 @@ class Hot:
         postgres = stack.enter_context(stage.postgres())
         binary = find_or_build()
         for name, (round_trip, full, bundled) in DISTANCES.items():
-            ours = partial(_ours, postgres, binary, name)
             few, many = mode.scaled(full, least=full // 2), mode.scaled(bundled, least=bundled // 2)
+            fill = partial(load.fill_ours, namespace="plain", aggregates=1)
+            lonely, crowd = (
+                Backlog(stage.template(postgres, f"ours_{name}_{events}", partial(fill, events=events)), events)
+                for events in (few, many)
+            )
+            ours = partial(_ours, postgres, binary, name)
             rows = [
-                ours(side="us", title="one by one", events=few, settings={}),
-                ours(side="us-bundles", title="bundles", events=many, settings=BUNDLES),
-                ours(
-                    side="us-bundles-keep0",
-                    title="bundles, rows deleted",
-                    events=many,
-                    settings={**BUNDLES, "keep": 0},
-                ),
+                ours(lonely, side="us", title="one by one", settings={}),
+                ours(crowd, side="us-bundles", title="bundles", settings=BUNDLES),
+                ours(crowd, side="us-bundles-keep0", title="bundles, rows deleted", settings={**BUNDLES, "keep": 0}),
             ]
             if not round_trip:
                 rows.append(_rival(postgres, binary, name, mode.scaled(RIVAL_EVENTS, least=RIVAL_EVENTS // 2)))
@@ -66,26 +73,25 @@ def _ours(
     postgres: Postgres,
     binary: Path,
     distance: str,
+    backlog: Backlog,
     *,
     side: str,
     title: str,
-    events: int,
     settings: Mapping[str, object],
 ) -> Row:
-    fill = partial(load.fill_ours, events=events, namespace="plain", aggregates=1)
     return Row(
         f"hot/{distance}/{side}",
         f"outbox-relay, {title}, {distance}",
         "events/s",
         Drain(
             postgres=postgres,
-            template=stage.template(postgres, f"ours_{distance}_{events}", fill),
+            template=backlog.template,
             centrifugo=binary,
-            events=events,
+            events=backlog.events,
             round_trip=DISTANCES[distance].round_trip,
             settings=settings,
         ),
-        {**relay_settings(settings), "events": events},
+        {**relay_settings(settings), "events": backlog.events},
     )
 
 
