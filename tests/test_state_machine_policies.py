@@ -295,7 +295,7 @@ class PoliciesUnderWeather(TwoRelays):
 
 # Whoever wants to know why it fails adds Phase.shrink, and some minutes.
 PoliciesUnderWeather.TestCase.settings = settings(
-    max_examples=2000,
+    max_examples=250,
     stateful_step_count=50,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
