@@ -15,6 +15,17 @@ def boottime() -> float:
     return time.clock_gettime(_BOOTTIME)
 
 
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """The database's clock (seconds since 1970), read once and carried on without asking."""
+
+    epoch: float
+    read_at: float
+
+    def now(self) -> float:
+        return self.epoch + boottime() - self.read_at
+
+
 GAP_ALONE: Final = ""
 """Stands in a row's `accepted` before channels that took the event's gap, and not the event."""
 

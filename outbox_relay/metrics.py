@@ -102,6 +102,11 @@ class Metrics(Collector):
         with self._lock:
             self._overtaken += events
 
+    def needless(self, ended: Mapping[str, int]) -> None:
+        if ended:
+            with self._lock:
+                self._events.update(ended)
+
     def falls(self, events: int) -> None:
         with self._lock:
             self._falls += events

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
 
 from outbox_relay.outcome import Policy
 from outbox_relay.packing import Limits, Wires
-
-LOOKAHEAD: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +35,9 @@ class Options:
     wires: Wires = field(default_factory=dict)
 
     @property
-    def lookahead(self) -> int:
-        """How many times as many events are read where most of them need not be sent."""
-        return LOOKAHEAD if any(policy.conflate for policy in self.policies.values()) else 1
+    def conflated(self) -> Mapping[str, Policy]:
+        """The policies of the types of which only what no later event makes needless is sent."""
+        return {name: policy for name, policy in self.policies.items() if policy.conflate}
 
     def policy_of(self, aggregate_type: str) -> Policy:
         return self.policies.get(aggregate_type, self.policy)

@@ -70,16 +70,10 @@ SUPERSEDED: Final = GivenUp("superseded")
 
 @dataclass(frozen=True, slots=True)
 class Unsettled:
-    """The event has not ended. Only some channels have accepted it, or the one in its place, and are remembered.
-
-    `parked`: the one in its place puts their aggregate on hold, and it waits too.
-    """
-
-    parked: bool = False
+    """The event has not ended. Only some channels have accepted it, and are remembered."""
 
 
 UNSETTLED: Final = Unsettled()
-BEHIND: Final = Unsettled(parked=True)
 
 Outcome = Held | Owed | GivenUp | Unsettled
 """What becomes of an event that was refused, or that is not sent. The others are delivered."""

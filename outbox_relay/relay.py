@@ -5,18 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Final, Protocol
 
-from outbox_relay.event import ACCEPTED, OVERTAKEN, Event, Outage, Refusal, Reply, boottime
+from outbox_relay.conflation import took
+from outbox_relay.event import ACCEPTED, OVERTAKEN, Clock, Event, Outage, Refusal, Reply, boottime
 from outbox_relay.options import Options
 from outbox_relay.outcome import INTERNAL, SUPERSEDED, UNANSWERED, Settlement, judge
 from outbox_relay.packing import waves
-from outbox_relay.policy import end, plan, superseded
+from outbox_relay.policy import end, plan
 from outbox_relay.shared import Shared, log_outcomes
-from outbox_relay.store import Batch, Clock, Store
+from outbox_relay.store import Batch, Store
 
 WAVE_SHRINKAGE: Final = 4
 """A wave with less than this part of the first one's events waits for the next batch, with fuller company."""
@@ -89,15 +90,18 @@ class Worker:
             if not claim.lanes:
                 return False
             self._after = claim.lanes[-1].lane
+            now = claim.clock.now()
             batch = self._store.read(
                 claim.lanes,
-                events=min(options.batch_events, lanes * options.events_per_lane) * options.lookahead,
-                per_lane=options.events_per_lane * options.lookahead,
+                events=min(options.batch_events, lanes * options.events_per_lane),
+                per_lane=options.events_per_lane,
                 max_bytes=options.batch_bytes,
+                conflated=options.conflated,
+                now=now,
             )
             if self._untried:
                 self._store.rehearse([event.id for event in batch.events])
-            batch.events, ends, covered = plan(batch.events, claim.clock.now(), options.policy_of)
+            batch.events, ends = plan(batch.events, now, options.policy_of)
             sent = self._publish(batch, claim.clock)
             settlements, trouble = judge(
                 sent.refused,
@@ -107,19 +111,20 @@ class Worker:
                 options.policy_of,
                 anything_accepted=sent.anything_accepted,
             )
-            if covered:
-                accepted, now = [*sent.delivered, *sent.overtaken], claim.clock.now()
-                settlements += superseded(covered, accepted, settlements, now, options.policy_of)
+            stood_for = took(batch.covered, [*sent.delivered, *sent.overtaken], settlements)
             settlements += [*ends, *(end(gap, options.policy_of(gap.aggregate_type)) for gap in sent.told)]
             settlements += [Settlement(event, SUPERSEDED, ()) for event in sent.overtaken]
             outage = sent.outage or trouble
             # Before the lanes are free for another worker, which would not know.
             self._shared.pause.report(outage, sound=sent.sound)
-            if sent.delivered or settlements or batch.holds:
-                self._store.settle([event.id for event in sent.delivered], settlements, batch.holds)
+            delivered = [event.id for event in sent.delivered]
+            needless: Mapping[str, int] = {}
+            if delivered or settlements or batch.holds:
+                needless = self._store.settle(delivered, settlements, batch.holds, stood_for)
         self._untried = False
         self._shared.observer.batch(sent.delivered, settlements, claim.clock.now())
         self._shared.observer.overtaken(len(sent.overtaken))
+        self._shared.observer.needless(needless)
         self._shared.watch_versions(sent.delivered)
         log_outcomes(len(sent.delivered), settlements)
         return bool(sent.delivered or settlements or batch.parked or outage)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Final, Protocol
 
-from outbox_relay.event import Event, Outage, boottime
+from outbox_relay.event import Clock, Event, Outage, boottime
 from outbox_relay.health import Progress
 from outbox_relay.log import get_logger
 from outbox_relay.outcome import SUPERSEDED, GivenUp, Held, Owed, Settlement, backoff, namespace
-from outbox_relay.store import Clock
 from outbox_relay.suspects import Suspects
 from outbox_relay.versions import Versions
 
@@ -34,6 +33,9 @@ class Observer(Protocol):
     def overtaken(self, events: int) -> None:
         """So many of a committed batch's superseded events were sent, and Centrifugo itself dropped them as stale."""
 
+    def needless(self, ended: Mapping[str, int]) -> None:
+        """So many of a committed batch's events ended, by state, because a later one was accepted in their place."""
+
     def falls(self, events: int) -> None:
         """So many delivered events had a version below that of an earlier one of their aggregate."""
 
@@ -48,6 +50,9 @@ class Unobserved:
         """Do nothing."""
 
     def overtaken(self, events: int) -> None:
+        """Do nothing."""
+
+    def needless(self, ended: Mapping[str, int]) -> None:
         """Do nothing."""
 
     def falls(self, events: int) -> None:

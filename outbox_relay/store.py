@@ -7,6 +7,7 @@ of `outbox_lane` are the fence, and everything that changes an event's or a hold
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
@@ -14,9 +15,12 @@ from typing import Any, Final, NamedTuple
 import psycopg
 from psycopg import errors
 
+from outbox_relay import conflation
+from outbox_relay.conflation import Covered, Took, kept
 from outbox_relay.database import DatabaseUnavailableError, one_line
-from outbox_relay.event import Event, Hold, boottime
-from outbox_relay.outcome import BEHIND, SUPERSEDED, GivenUp, Held, Owed, Settlement
+from outbox_relay.event import Clock, Event, Hold, boottime
+from outbox_relay.outcome import SUPERSEDED, GivenUp, Held, Owed, Policy, Settlement
+from outbox_relay.session import bigints
 from outbox_relay.start_hint import DRAWN, START, StartHint
 from outbox_relay.upkeep import Upkeep
 
@@ -32,17 +36,6 @@ class Lane(NamedTuple):
     has_due_hold: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Clock:
-    """The database's clock (seconds since 1970), read once and carried on without asking."""
-
-    epoch: float
-    read_at: float
-
-    def now(self) -> float:
-        return self.epoch + boottime() - self.read_at
-
-
 class Claim(NamedTuple):
     lanes: list[Lane]
     clock: Clock
@@ -55,14 +48,19 @@ class Batch:
     events: list[Event] = field(default_factory=list)
     holds: dict[tuple[str, str], Hold] = field(default_factory=dict)
     parked: int = 0
+    covered: dict[int, Covered] = field(default_factory=dict)
+    """By the id of an event, those that it stands for."""
 
 
 _ID, _LANE, _PAYLOAD = (Event._fields.index(name) for name in ("id", "lane", "payload"))
-_COLUMNS: Final = "id, event_id::text, aggregate_type, aggregate_id, lane, version, kind::text, channels,"
-_REST: Final = (
-    "tags::text, accepted, date_part('epoch', created_at), replay, base_version, (SELECT {outbox_epoch}()), "
-    "date_part('epoch', expires_at), ending::text"
-)
+_FIELDS: Final = """id, event_id::text, aggregate_type, aggregate_id, lane, version, kind::text, channels,
+    CASE WHEN held IS NULL THEN payload::text END, tags::text, accepted, date_part('epoch', created_at), replay,
+    base_version, (SELECT {outbox_epoch}()), date_part('epoch', expires_at), ending::text"""
+_COLUMNS: Final = f"{_FIELDS}, false"
+_HOLD_COLUMNS: Final = "hold_type, hold_id, head_id, tries, attempts, alone, first_refused_at, refused_at"
+_DUE_COLUMNS: Final = f"""{_FIELDS}, coalesce(id = head_id AND tries > 0, false),
+    hold_type, hold_id, head_id, tries, attempts, alone,
+    date_part('epoch', first_refused_at), date_part('epoch', refused_at)"""
 
 # The first lane after {lane_before}, up to part.high, that has pending events or a hold among those longest due. Here
 # and below the lane is asked for as a range: only the index by lane has this order. With `=` the planner may walk
@@ -99,40 +97,37 @@ LIMIT %(limit)s
     "{next}", _NEXT.replace("{lane_before}", "busy.lane")
 )
 
-# The bytes of all rows up to a row bound the batch, but for the first one; id order makes the cut a suffix of every
-# aggregate.
-_READ_PENDING: Final = (
-    """
-SELECT {columns} CASE WHEN held IS NULL THEN payload::text END, {rest}, false
-FROM (
-    SELECT e.*,
-           -- Not a join: whatever the statistics say, a scalar subquery is one probe of the primary key. Where nothing
-           -- is on hold there is none.
-           CASE WHEN (SELECT true FROM {outbox_hold} LIMIT 1) THEN (
-               SELECT true FROM {outbox_hold} AS h
-               WHERE h.aggregate_type = e.aggregate_type AND h.aggregate_id = e.aggregate_id) END AS held,
-           sum(pg_column_size(e.payload)) OVER (ORDER BY e.id ROWS UNBOUNDED PRECEDING) AS bytes
+_PENDING: Final = """
     FROM unnest(%(lanes)s::smallint[]) AS l(lane)
     CROSS JOIN LATERAL (
         SELECT l.lane, o.* FROM {outbox} AS o
         WHERE {lane} BETWEEN l.lane AND l.lane AND o.id >= {start} AND o.state = 'pending'
         ORDER BY {lane}, o.id LIMIT %(quota)s
     ) AS e
+""".replace("{start}", START)
+
+# Not a join: whatever the statistics say, a scalar subquery is one probe of the primary key. Where nothing is on hold
+# there is none.
+_IS_HELD: Final = """
+    CASE WHEN (SELECT true FROM {outbox_hold} LIMIT 1) THEN (
+        SELECT true FROM {outbox_hold} AS h
+        WHERE h.aggregate_type = e.aggregate_type AND h.aggregate_id = e.aggregate_id) END
+"""
+
+# The bytes of all rows up to a row bound the batch, but for the first one; id order makes the cut a suffix of every
+# aggregate.
+_READ_PENDING: Final = f"""
+SELECT {_COLUMNS}
+FROM (
+    SELECT e.*, {_IS_HELD} AS held,
+           sum(pg_column_size(e.payload)) OVER (ORDER BY e.id ROWS UNBOUNDED PRECEDING) AS bytes
+    {_PENDING}
 ) AS e
 WHERE bytes <= %(max_bytes)s OR bytes = pg_column_size(payload)
 ORDER BY id
-""".replace("{columns}", _COLUMNS)
-    .replace("{rest}", _REST)
-    .replace("{start}", START)
-)
+"""  # noqa: S608 - all of it is written here
 
-_READ_DUE: Final = """
-SELECT {columns} payload::text, {rest}, coalesce(id = head_id AND tries > 0, false),
-       hold_type, hold_id, head_id, tries, attempts, alone,
-       date_part('epoch', first_refused_at), date_part('epoch', refused_at)
-FROM (
-    SELECT e.*, h.*,
-           sum(pg_column_size(e.payload)) OVER (ORDER BY e.id) - pg_column_size(e.payload) AS bytes_before
+_DUE: Final = """
     FROM (
         SELECT aggregate_type AS hold_type, aggregate_id AS hold_id, lane,
                head_id, tries, attempts, alone, first_refused_at, refused_at
@@ -145,10 +140,21 @@ FROM (
         WHERE o.state = 'parked' AND o.aggregate_type = h.hold_type AND o.aggregate_id = h.hold_id
         ORDER BY o.id LIMIT %(quota)s
     ) AS e ON true
+"""
+
+_READ_DUE: Final = f"""
+SELECT {_DUE_COLUMNS}
+FROM (
+    SELECT e.*, h.*, NULL AS held,
+           sum(pg_column_size(e.payload)) OVER (ORDER BY e.id) - pg_column_size(e.payload) AS bytes_before
+    {_DUE}
 ) AS e
 WHERE bytes_before IS NULL OR bytes_before < %(max_bytes)s
 ORDER BY id
-""".replace("{columns}", _COLUMNS).replace("{rest}", _REST)
+"""  # noqa: S608
+
+_KEPT_PENDING: Final = kept(f"e.lane, {_IS_HELD} AS held {_PENDING}", _COLUMNS)
+_KEPT_DUE: Final = kept(f"h.lane, NULL AS held, {_HOLD_COLUMNS} {_DUE}", _DUE_COLUMNS, f"{_HOLD_COLUMNS},")
 
 _PARK: Final = "UPDATE {outbox} SET state = 'parked' WHERE id = ANY(%(ids)s::bigint[]) AND state = 'pending'"
 
@@ -210,19 +216,7 @@ ON CONFLICT (aggregate_type, aggregate_id) DO UPDATE SET
                             ELSE excluded.first_refused_at END
 """
 
-_HELD_COLUMNS: Final = (
-    "types",
-    "aggregates",
-    "lanes",
-    "ids",
-    "endings",
-    "reasons",
-    "delays",
-    "tries",
-    "attempts",
-    "alone",
-    "errors",
-)
+_HELD_COLUMNS: Final = "types aggregates lanes ids endings reasons delays tries attempts alone errors".split()  # noqa: SIM905
 
 # The hold ends when nothing of the aggregate is parked any more; else its next event is due now, as a new head.
 _RELEASE: Final = """
@@ -248,12 +242,6 @@ _DELIVERED_AND_DELETED: Final = """
 DELETE FROM {outbox} WHERE id = ANY(%(ids)s::bigint[]) AND state IN ('pending', 'parked')
 """
 
-# A small write that must commit: where the disk is full, a transaction may fail as late as that.
-_WRITE: Final = """
-UPDATE {outbox_lane} SET lane = lane
-WHERE lane = (SELECT lane FROM {outbox_lane} LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED)
-"""
-
 # Cheap enough to ask many times a second: index probes.
 _IDLE: Final = """
 SELECT (SELECT true FROM {outbox} AS o WHERE o.id >= {start} AND o.state = 'pending' ORDER BY {lane}, o.id LIMIT 1)
@@ -271,6 +259,7 @@ class Store(Upkeep):
         super().__init__(database_url, **options)
         self._delivered = _DELIVERED if keep_delivered else _DELIVERED_AND_DELETED
         self._superseded = _SUPERSEDED if keep_delivered else _DELIVERED_AND_DELETED
+        self._window = conflation.WINDOW
         self._hint = StartHint(self.execute, self.table, usable=self.direct)
 
     def claim(self, after: int, lanes: int) -> Claim:
@@ -283,35 +272,53 @@ class Store(Upkeep):
         clock = Clock(rows[0][2] if rows else 0.0, boottime())
         return Claim([Lane(lane, due) for lane, due, _ in rows], clock)
 
-    def read(self, lanes: Sequence[Lane], *, events: int, per_lane: int, max_bytes: int) -> Batch:
+    def read(
+        self,
+        lanes: Sequence[Lane],
+        *,
+        events: int,
+        per_lane: int,
+        max_bytes: int,
+        conflated: Mapping[str, Policy] | None = None,
+        now: float = 0.0,
+    ) -> Batch:
         """Read what may be sent now from the locked lanes, and park what waits behind a hold.
 
-        About `events` events, at least `per_lane` from each lane, `max_bytes` of payload, but one event always.
+        About `events` events, at least `per_lane` from each lane, `max_bytes` of payload, but one event always. Of the
+        types in `conflated` only those that no later one makes needless; `now` is on the database's clock.
         """
         quota = max(per_lane, events // max(len(lanes), 1))
+        due, pending, window = _READ_DUE, _READ_PENDING, 1
+        bounds: dict[str, Any] = {"max_bytes": max_bytes}
+        if conflated:
+            due, pending, window = _KEPT_DUE, _KEPT_PENDING, self._window
+            bounds |= {"most": quota * len(lanes), **conflation.parameters(conflated, now)}
         batch = Batch()
-        due = [lane.lane for lane in lanes if lane.has_due_hold]
-        if due:
-            rows = self.execute(_READ_DUE, lanes=due, holds=DUE_HOLDS, quota=per_lane, max_bytes=max_bytes).fetchall()
-            for row in rows:
+        on_hold = [lane.lane for lane in lanes if lane.has_due_hold]
+        if on_hold:
+            rows = self.execute(due, lanes=on_hold, holds=DUE_HOLDS, quota=per_lane * window, **bounds).fetchall()
+            for row in conflation.uncovered(rows, batch.covered) if conflated else rows:
                 aggregate_type, aggregate_id, *hold = row[len(Event._fields) :]
                 batch.holds[aggregate_type, aggregate_id] = Hold(*hold)
                 if row[_ID] is not None:
                     batch.events.append(Event._make(row[: len(Event._fields)]))
         numbers = [lane.lane for lane in lanes]
-        held: dict[int, list[int]] = {}
-        rows = self.execute(
-            _READ_PENDING, lanes=numbers, quota=quota, max_bytes=max_bytes, **self._hint.parameters
-        ).fetchall()
+        rows = self.execute(pending, lanes=numbers, quota=quota * window, **bounds, **self._hint.parameters).fetchall()
+        self._take(batch, conflation.uncovered(rows, batch.covered) if conflated else rows, quota * window)
+        self._window = conflation.next_window(window, len(batch.events), batch.covered.values())
+        return batch
+
+    def _take(self, batch: Batch, rows: Sequence[tuple[Any, ...]], quota: int) -> None:
+        """Put what was read of the pending events into the batch; what came without its payload is held, and parked."""
         if rows:
             self._hint.drawn(rows[-1][_ID])
+        held: dict[int, list[int]] = {}
         for row in rows:
             if row[_PAYLOAD] is None:
                 held.setdefault(row[_LANE], []).append(row[_ID])
         batch.events += [Event._make(row) for row in rows if row[_PAYLOAD] is not None]
         if held:
             batch.parked = self._park(held, quota)
-        return batch
 
     def _park(self, held: Mapping[int, list[int]], quota: int) -> int:
         """Move what was met of held aggregates (ids by lane) out of the pending index: nobody meets it again."""
@@ -322,43 +329,47 @@ class Store(Upkeep):
             parked += self.execute(_SWEEP, lanes=crowded, limit=limit, **self._hint.parameters).rowcount
         return parked
 
-    def prove_writable(self) -> None:
-        """Commit a small write, so that nothing is published by a relay that could not record it."""
-        with self.batch():
-            self.execute(_WRITE)
-
     def rehearse(self, ids: Sequence[int]) -> None:
         """Write the outcome that these events would have if all are delivered, and take it back."""
         self.execute_raw("SAVEPOINT rehearsal")
-        self.execute(self._delivered, ids=_bigints(ids))
+        self.execute(self._delivered, ids=bigints(ids))
         self.execute_raw("ROLLBACK TO SAVEPOINT rehearsal")
 
     def settle(
-        self, delivered: Sequence[int], refused: Sequence[Settlement], holds: Mapping[tuple[str, str], Hold]
-    ) -> None:
+        self,
+        delivered: Sequence[int],
+        refused: Sequence[Settlement],
+        holds: Mapping[tuple[str, str], Hold],
+        stood_for: Sequence[Took] = (),
+    ) -> Counter[str]:
         """Write what became of a batch: the ids delivered, the refused ones' outcomes, and the due holds' ends.
 
-        It happens behind a savepoint, so that the lanes stay locked whatever happens to the statements.
+        And the ends of those that others stood for, which are counted by state. It happens behind a savepoint, so that
+        the lanes stay locked whatever happens to the statements.
         """
-        for left in reversed(range(SETTLE_TRIES)):
+        left = SETTLE_TRIES
+        while True:
             self.execute_raw("SAVEPOINT settle")
             try:
+                # First: a hold ends when nothing of its aggregate is parked any more.
+                ended = conflation.settle(self.execute, self._superseded, stood_for)
                 self._settle(delivered, refused, holds)
             except _RETRIED:
+                left -= 1
                 if not left:
                     raise
                 self.execute_raw("ROLLBACK TO SAVEPOINT settle")
             else:
-                return
+                return ended
 
     def _settle(
         self, delivered: Sequence[int], refused: Sequence[Settlement], holds: Mapping[tuple[str, str], Hold]
     ) -> None:
         if delivered:
-            self.execute(self._delivered, ids=_bigints(delivered))
+            self.execute(self._delivered, ids=bigints(delivered))
         superseded = [s.event.id for s in refused if s.outcome is SUPERSEDED]
         if superseded:
-            self.execute(self._superseded, ids=_bigints(superseded))
+            self.execute(self._superseded, ids=bigints(superseded))
         ended = [
             (s.event.id, s.outcome) for s in refused if isinstance(s.outcome, GivenUp) and s.outcome is not SUPERSEDED
         ]
@@ -378,9 +389,6 @@ class Store(Upkeep):
             columns = dict(zip(_HELD_COLUMNS, map(list, zip(*rows, strict=True)), strict=True))
             self.execute(_HEAD_PARKED, **columns)
             self.execute(_HOLD, **columns)
-        behind = [event.id for event, outcome, _ in refused if outcome is BEHIND]
-        if behind:
-            self.execute(_PARK, ids=behind)
         for event, _, accepted in refused:
             if accepted:
                 self.execute(_ACCEPTED, id=event.id, accepted=[*(event.accepted or ()), *accepted])
@@ -417,8 +425,3 @@ def _hold(settlement: Settlement) -> tuple[str | None, str | None, Held] | None:
         case GivenUp(wait=True, error=error):
             return None, None, Held(0, 0, math.inf, error or "its head is dead")
     return None
-
-
-def _bigints(ids: Sequence[int]) -> str:
-    """An array as PostgreSQL reads it: a tenth of what psycopg takes to write a list of a thousand."""
-    return f"{{{','.join(map(str, ids))}}}"

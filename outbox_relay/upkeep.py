@@ -118,9 +118,20 @@ WHERE datname = current_database() AND usename = current_user AND pid <> pg_back
   AND wait_event = 'ClientWrite' AND state_change < clock_timestamp() - %(age)s * interval '1 second'
 """
 
+# A small write that must commit: where the disk is full, a transaction may fail as late as that.
+_WRITE: Final = """
+UPDATE {outbox_lane} SET lane = lane
+WHERE lane = (SELECT lane FROM {outbox_lane} LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED)
+"""
+
 
 class Upkeep(Session):
     """A session that looks after the outbox. Every method raises `DatabaseUnavailableError`."""
+
+    def prove_writable(self) -> None:
+        """Commit a small write, so that nothing is published by a relay that could not record it."""
+        with self.batch():
+            self.execute(_WRITE)
 
     def prune(self, after: int, *, keep: float, keep_dead: float, limit: int = PRUNE_CHUNK) -> Pruned:
         """Delete ended rows older than `keep` seconds (`keep_dead`: expired, dead, discarded) above id `after`."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, Final
 
@@ -18,13 +19,13 @@ import pytest
 
 from outbox_relay import operator as operator_room
 from outbox_relay import start_hint
-from outbox_relay.event import ACCEPTED, Event, Hold, Outage, Refusal, Reply
+from outbox_relay.event import ACCEPTED, Event, Outage, Refusal, Reply
 from outbox_relay.operator import Operator
 from outbox_relay.options import Options
-from outbox_relay.outcome import Policy, Settlement
+from outbox_relay.outcome import Policy
 from outbox_relay.relay import Worker
 from outbox_relay.shared import Pause, Shared
-from outbox_relay.store import Batch, Lane, Store
+from outbox_relay.store import Batch, Store
 from tests.support.interleaving import Actor, Gate, Stage, interleavings
 from tests.support.oracle import Fact, violations
 from tests.support.writing import Connection, write
@@ -92,15 +93,13 @@ class SteppedStore(Store):
 
     gate: Callable[[], None]
 
-    def read(self, lanes: Sequence[Lane], *, events: int, per_lane: int, max_bytes: int) -> Batch:
+    def read(self, *args: Any, **kwargs: Any) -> Batch:
         self.gate()
-        return super().read(lanes, events=events, per_lane=per_lane, max_bytes=max_bytes)
+        return super().read(*args, **kwargs)
 
-    def settle(
-        self, delivered: Sequence[int], refused: Sequence[Settlement], holds: Mapping[tuple[str, str], Hold]
-    ) -> None:
+    def settle(self, *args: Any, **kwargs: Any) -> Counter[str]:
         self.gate()
-        super().settle(delivered, refused, holds)
+        return super().settle(*args, **kwargs)
 
 
 class KeptConnection(psycopg.Connection[Any]):

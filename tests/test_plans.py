@@ -14,7 +14,8 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from outbox_relay import start_hint
+from outbox_relay import conflation, start_hint
+from outbox_relay.outcome import Policy
 from outbox_relay.store import Store
 from tests.conftest import database, in_database
 
@@ -128,6 +129,24 @@ def test_statements_stay_index_scans(url: str, monkeypatch: pytest.MonkeyPatch) 
         "outbox_hold",
         "outbox_generation",
     }
+
+
+def test_so_does_the_look_at_what_is_conflated(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It touches sixteen times as many events, by the same indexes, and what it sends once more, by its id."""
+    monkeypatch.setattr(start_hint, "RENEW_EVERY", float("inf"))
+    plans: list[Plan] = []
+    with closing(Store(url)) as store, store.batch():
+        lanes = store.claim(after=0, lanes=LANES).lanes
+        store._connection.add_notice_handler(lambda notice: plans.extend(_plan(notice.message_primary or "")))
+        types = {"order": Policy(conflate=True)}
+        batch = store.read(lanes, events=BATCH, per_lane=1, max_bytes=10_000_000, conflated=types)
+    assert len(batch.events) > 0.9 * BATCH
+    read = plans[-1]
+    looked_at = conflation.WINDOW * len(batch.events)
+    for node in read.nodes:
+        assert node.kind in INDEX_SCANS or node.relation in SEQUENCES, (node, read.query)
+        assert node.rows <= looked_at, (node, read.query)
+    assert read.buffers <= 3 * looked_at + 5 * len(batch.events)
 
 
 def _plan(message: str) -> Iterator[Plan]:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from outbox_relay.event import Event
-from outbox_relay.outcome import BEHIND, SUPERSEDED, UNSETTLED, GivenUp, Held, Outcome, Owed, Policy, Settlement
-from outbox_relay.policy import plan, superseded
+from outbox_relay.outcome import GivenUp, Policy, Settlement
+from outbox_relay.policy import plan
 
 NOW = 1_000.0
 LASTING, AGED, SILENT = Policy(), Policy(max_age=100.0), Policy(max_age=100.0, gap=False)
@@ -53,10 +53,10 @@ def test_what_becomes_of_an_event(written: Event, policy: Policy, what: str | Gi
     """It is sent as it is, its gap is told in its place, or it ends without a word."""
     planned = plan([written], NOW, lambda _: policy)
     if what == SENT:
-        assert planned == ([written], [], {})
+        assert planned == ([written], [])
     elif what == TOLD:
         ending = written.ending or "expired"
-        assert planned == ([written._replace(kind="gap", payload="{}", ending=ending)], [], {})
+        assert planned == ([written._replace(kind="gap", payload="{}", ending=ending)], [])
     else:
         [settlement] = planned.ends
         assert planned.events == []
@@ -91,161 +91,3 @@ def test_each_type_has_its_policy() -> None:
     events = [event(aggregate_type=name, created_at=0.0) for name in ("old", "any")]
     assert [sent.ending for sent in plan(events, NOW, types.__getitem__).events] == ["expired", None]
     assert LASTING.max_age == math.inf
-
-
-# Conflation
-
-CONFLATED = Policy(conflate=True)
-PAIR = ["a", "b"]
-
-SUPERSEDES: dict[str, tuple[Event, Event, bool]] = {
-    # name: an event, a later one, whether that makes the first one needless
-    "a snapshot": (event(kind="snapshot"), event(kind="snapshot", version=2), True),
-    "a change": (event(), event(kind="snapshot", version=2), True),
-    "a tombstone": (event(kind="snapshot"), event(kind="tombstone", version=2), True),
-    "of the same version": (event(version=2), event(kind="snapshot", version=2), True),
-    "a change comes later": (event(), event(version=2), False),
-    "of a lower version": (event(version=2), event(kind="snapshot", version=1), False),
-    "of more channels": (event(channels=["b"]), event(kind="snapshot", version=2, channels=PAIR), True),
-    "of fewer channels": (event(channels=PAIR), event(kind="snapshot", version=2), False),
-    "of fewer channels, the other one has it": (
-        event(channels=PAIR, accepted=["b"]),
-        event(kind="snapshot", version=2),
-        False,
-    ),
-    "of another object": (event(), event(kind="snapshot", version=2, aggregate_id="2"), False),
-    "that has expired": (event(), event(kind="snapshot", version=2, expires_at=0.0), False),
-    "that is given up": (event(), event(kind="snapshot", version=2, ending="dead"), False),
-}
-
-
-@pytest.mark.parametrize(("first", "later", "needless"), SUPERSEDES.values(), ids=SUPERSEDES.keys())
-def test_what_makes_an_event_needless(first: Event, later: Event, needless: bool) -> None:
-    """A later snapshot or tombstone, of a version not lower, that all its channels will hear of; on demand."""
-    planned = plan([first, later], NOW, lambda _: CONFLATED)
-    assert [sent.id for sent in planned.events] == ([later.id] if needless else [first.id, later.id])
-    assert planned.covered == ({later.id: [first]} if needless else {})
-    assert plan([first, later], NOW, lambda _: LASTING).covered == {}
-
-
-def test_only_the_newest_is_sent_and_order_is_kept() -> None:
-    """A change behind it goes out after it; another object's events are left alone."""
-    events = [
-        event(kind="snapshot", version=1),
-        event(version=1, aggregate_id="2"),
-        event(version=2),
-        event(kind="snapshot", version=3),
-        event(version=4),
-    ]
-    planned = plan(events, NOW, lambda _: CONFLATED)
-    assert planned.events == [events[1], events[3], events[4]]
-    assert planned.covered == {events[3].id: [events[2], events[0]]}
-
-
-IN_BETWEEN: dict[str, tuple[Event, bool]] = {
-    # name: what is sent between a snapshot on channel a and the next one there, whether the first one is needless
-    "on another channel": (event(channels=["b"], version=2), True),
-    "a change on its channel too": (event(channels=PAIR, version=2), False),
-    "a gap on its channel too": (event(channels=PAIR, version=2, ending="dead"), False),
-    "a version that fell": (event(channels=PAIR, version=0, kind="snapshot"), False),
-}
-
-
-@pytest.mark.parametrize(("between", "needless"), IN_BETWEEN.values(), ids=IN_BETWEEN.keys())
-def test_nothing_overtakes_what_waits_for_a_later_one(between: Event, needless: bool) -> None:
-    """What goes out in between would be followed by the older event, if the batch ended there."""
-    first, last = event(kind="snapshot"), event(kind="snapshot", version=3)
-    planned = plan([first, between, last], NOW, lambda _: CONFLATED)
-    assert planned.covered == ({last.id: [first]} if needless else {})
-    assert [sent.id for sent in planned.events] == [*([] if needless else [first.id]), between.id, last.id]
-
-
-def test_the_next_one_that_covers_an_event_stands_for_it() -> None:
-    events = [
-        event(kind="snapshot"),
-        event(kind="snapshot", version=2, channels=PAIR),
-        event(kind="snapshot", version=3),
-    ]
-    assert plan(events, NOW, lambda _: CONFLATED).covered == {events[1].id: [events[0]]}
-
-
-def test_types_that_are_not_conflated_lose_nothing() -> None:
-    """Where a batch has both, one keeps all its events, in their places."""
-    types = {"order": CONFLATED, "payment": LASTING}
-    events = [
-        event(kind="snapshot"),
-        event(kind="snapshot", aggregate_type="payment"),
-        event(kind="snapshot", version=2, aggregate_type="payment"),
-        event(kind="snapshot", version=2),
-        event(aggregate_type="payment"),
-    ]
-    planned = plan(events, NOW, types.__getitem__)
-    assert planned.events == events[1:]
-    assert planned.covered == {events[3].id: [events[0]]}
-
-
-def test_a_dead_event_does_not_stop_conflation_where_nobody_waits_for_it() -> None:
-    events = [event(kind="snapshot"), event(ending="dead", version=2), event(kind="snapshot", version=3)]
-    assert plan(events, NOW, lambda _: CONFLATED).covered == {events[2].id: [events[1], events[0]]}
-    living = [event(kind="snapshot"), event(version=2), event(kind="snapshot", version=3)]
-    waiting = Policy(conflate=True, wait_after_dead=True)
-    assert plan(living, NOW, lambda _: waiting).covered == {living[2].id: [living[1], living[0]]}
-
-
-HELD = Held(1, 0, 1.0, "")
-
-
-def test_needless_events_end_with_the_one_in_their_place() -> None:
-    """Superseded, or as they were to end, without a gap; where a channel has refused it, only those of others."""
-    earlier = [
-        event(),
-        event(expires_at=NOW),
-        event(ending="discarded"),
-        event(channels=PAIR),
-        event(channels=["b"]),
-        event(channels=PAIR, accepted=["b"]),
-    ]
-    later = event(kind="snapshot", channels=PAIR)
-    covered = {later.id: earlier}
-    delivered = superseded(covered, [later], [], NOW, lambda _: CONFLATED)
-    assert [settlement.event for settlement in delivered] == earlier
-    ends = [SUPERSEDED, GivenUp("expired"), GivenUp("discarded"), SUPERSEDED, SUPERSEDED, SUPERSEDED]
-    assert [settlement.outcome for settlement in delivered] == ends
-    partly = superseded(covered, [], [Settlement(later, HELD, ("a",))], NOW, lambda _: CONFLATED)
-    assert partly == [
-        *delivered[:3],
-        Settlement(earlier[3], BEHIND, ("a",)),
-        Settlement(earlier[4], BEHIND, ()),
-        Settlement(earlier[5], SUPERSEDED, ()),
-    ]
-    before = later._replace(accepted=["a"])
-    assert (
-        superseded({later.id: earlier[:1]}, [], [Settlement(before, HELD, ())], NOW, lambda _: CONFLATED)
-        == delivered[:1]
-    )
-    assert superseded(covered, [], [], NOW, lambda _: CONFLATED) == []
-
-
-ON_HOLD: dict[str, tuple[Outcome, bool]] = {
-    "refused": (HELD, True),
-    "its gap is owed": (Owed("dead", ""), True),
-    "dead, its aggregate waits for a person": (GivenUp("dead", wait=True), True),
-    "dead, its aggregate goes on": (GivenUp("dead"), False),
-    "one of a bundle": (UNSETTLED, False),
-}
-
-
-@pytest.mark.parametrize(("outcome", "waits"), ON_HOLD.values(), ids=ON_HOLD.keys())
-def test_needless_events_wait_with_the_one_in_their_place(outcome: Outcome, waits: bool) -> None:
-    """Where it puts their aggregate on hold."""
-    earlier, later = event(), event(kind="snapshot", version=2)
-    settled = superseded({later.id: [earlier]}, [], [Settlement(later, outcome, ())], NOW, lambda _: CONFLATED)
-    assert settled == ([Settlement(earlier, BEHIND, ())] if waits else [])
-
-
-def test_nothing_is_sent_in_the_place_of_what_waits_for_a_person() -> None:
-    """Behind a dead event of an aggregate that waits nothing is sent, so nothing is covered by it."""
-    policy = Policy(conflate=True, wait_after_dead=True)
-    events = [event(kind="snapshot"), event(ending="dead", version=2), event(kind="snapshot", version=3)]
-    planned = plan(events, NOW, lambda _: policy)
-    assert ([sent.id for sent in planned.events], planned.covered) == ([events[0].id, events[1].id], {})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -76,10 +77,11 @@ def _watch_commits(path: Path) -> None:
     """The commits that follow a settle: others write nothing that matters."""
     settle, commit = Store.settle, psycopg.Connection.commit
 
-    def settling(*args: Any, **kwargs: Any) -> None:
+    def settling(*args: Any, **kwargs: Any) -> Counter[str]:
         _reached("before it settles", path)
-        settle(*args, **kwargs)
+        ended = settle(*args, **kwargs)
         _settled.now = True
+        return ended
 
     def committing(connection: psycopg.Connection[Any]) -> None:
         matters = getattr(_settled, "now", False)

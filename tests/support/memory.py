@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import cast
 
+from outbox_relay.conflation import Covered, Took
 from outbox_relay.database import DatabaseUnavailableError
-from outbox_relay.event import GAP_ALONE, Event, Hold
-from outbox_relay.outcome import BEHIND, GivenUp, Held, Owed, Settlement
-from outbox_relay.store import Batch, Claim, Clock, Lane
+from outbox_relay.event import GAP_ALONE, Clock, Event, Hold
+from outbox_relay.outcome import GivenUp, Held, Owed, Policy, Settlement
+from outbox_relay.policy import expired
+from outbox_relay.store import Batch, Claim, Lane
 
 Aggregate = tuple[str, str]
 
 BLINK = 0.001
 """Seconds that a request, a reply or a transaction takes."""
 WAITING = frozenset({"pending", "parked"})
+WINDOW = 4
+"""How many times as many events are looked at where a type is conflated."""
 ENDED = frozenset({"delivered", "superseded", "expired", "dead", "discarded"})
 
 
@@ -118,9 +123,18 @@ class Memory:
             cast(Clock, _Now(self)),
         )
 
-    def read(self, lanes: Sequence[Lane], *, events: int, per_lane: int, max_bytes: int) -> Batch:
+    def read(
+        self,
+        lanes: Sequence[Lane],
+        *,
+        events: int,
+        per_lane: int,
+        max_bytes: int,
+        conflated: Mapping[str, Policy] | None = None,
+        now: float = 0.0,
+    ) -> Batch:
         batch = Batch()
-        quota = int(min(per_lane, self.quota))
+        quota = int(min(per_lane * (WINDOW if conflated else 1), self.quota))
         due: list[Event] = []
         for aggregate, wait in self.waits.items():
             if wait.due_at <= self.now and Lane(self._lane(aggregate), True) in lanes:
@@ -135,12 +149,44 @@ class Memory:
                 row.state = "parked"
                 batch.parked += 1
         free = [self._sent(row) for row in met if row.state == "pending"]
-        batch.events = [*sorted(due), *sorted(free)]
+        for events_of in (due, free):
+            needless = self.needless(events_of, conflated or {}, now, batch.covered)
+            batch.events += [event for event in sorted(events_of) if event.id not in needless]
         return batch
 
-    def settle(self, delivered: Sequence[int], refused: Sequence[Settlement], holds: Mapping[Aggregate, Hold]) -> None:
+    @staticmethod
+    def needless(
+        events: Sequence[Event], conflated: Mapping[str, Policy], now: float, covered: dict[int, Covered]
+    ) -> set[int]:
+        """From each last snapshot or tombstone back to the first event that it does not stand for."""
+        needless: set[int] = set()
+        for aggregate in {event.aggregate for event in events if event.aggregate_type in conflated}:
+            policy = conflated[aggregate[0]]
+            mine = sorted(event for event in events if event.aggregate == aggregate)
+            over = {event.id for event in mine if event.ending or expired(event, now, policy)}
+            lasts = [event for event in mine if event.kind in {"snapshot", "tombstone"} and event.id not in over]
+            superseded: list[int] = []
+            ended: list[int] = []
+            for event in reversed([event for event in mine if lasts and event.id < lasts[-1].id]):
+                waits = event.ending == "dead" and policy.wait_after_dead
+                if waits or event.version > lasts[-1].version or not {*event.channels} <= {*lasts[-1].channels}:
+                    break
+                (ended if event.id in over else superseded).append(event.id)
+            if superseded or ended:
+                covered[lasts[-1].id] = Covered(_array(superseded), _array(ended))
+            needless |= {*superseded, *ended}
+        return needless
+
+    def settle(
+        self,
+        delivered: Sequence[int],
+        refused: Sequence[Settlement],
+        holds: Mapping[Aggregate, Hold],
+        stood_for: Sequence[Took] = (),
+    ) -> Counter[str]:
         if self.fails_to_settle:
             raise DatabaseUnavailableError("while settling")
+        needless = Counter(end for took in stood_for for end in self._stood_for(took))
         for id_ in delivered:
             self.rows[id_].state, self.rows[id_].ending = "delivered", None
         held: set[Aggregate] = set()
@@ -162,10 +208,22 @@ class Memory:
                     if outcome.wait:
                         self._hold(event, Held(0, 0, 0.0, ""), math.inf)
                         held.add(event.aggregate)
-                case _ if outcome is BEHIND:
-                    row.state = "parked"
         for aggregate in holds.keys() - held:
             self._release(aggregate)
+        return needless
+
+    def _stood_for(self, took: Took) -> Iterator[str]:
+        """What has ended is named; the rest remembers who has accepted the one in its place."""
+        for array, ended in zip(took.covered, (False, True), strict=True):
+            for row in [self.rows[int(id_)] for id_ in array[1:-1].split(",")] if array else []:
+                accepted = [c for c in row.event.channels if took.channels is None or c in took.channels]
+                row.accepted += [channel for channel in accepted if channel not in row.accepted]
+                if {*row.event.channels} <= {*row.accepted}:
+                    row.state = row.ending or "expired" if ended else "superseded"
+                    row.ending = None
+                    yield row.state
+                elif took.wait:
+                    row.state = "parked"
 
     # What an operator does, as `Operator` does it.
 
@@ -220,6 +278,10 @@ class Memory:
             del self.waits[aggregate]
         elif parked[0].event.id != self.waits[aggregate].hold.head_id:
             self.waits[aggregate] = Wait(Hold(parked[0].event.id, 0, 0, False, self.now, self.now), self.now)
+
+
+def _array(ids: Sequence[int]) -> str | None:
+    return f"{{{','.join(map(str, ids))}}}" if ids else None
 
 
 class _Now:
