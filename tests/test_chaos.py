@@ -5,16 +5,24 @@ from __future__ import annotations
 import itertools
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
+from http.client import HTTPConnection
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
+from outbox_relay.embedded.centrifugo import Centrifugo
 from tests.chaos import relay_faults
 from tests.chaos.fault import Fault, schedule
+from tests.chaos.logs import read_proxy
 from tests.chaos.measure import Strike, Waiting, recovery
 from tests.chaos.runner import STAGES, Result, Stage, run
+from tests.chaos.window import Window
+from tests.support.gateway import Exchange
+from tests.support.waiting import PATIENCE
 
 RATE = 600.0
 
@@ -123,3 +131,28 @@ def test_no_kind_has_two_names() -> None:
     kinds: dict[str, Fault] = {}
     for fault in (fault for stage in STAGES for fault in stage.faults):
         assert kinds.setdefault(fault.kind, fault) is fault
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_an_answer_that_comes_to_nobody_is_none(centrifugo: Centrifugo, tmp_path: Path, patient: bool) -> None:
+    """Centrifugo was frozen for as long as a relay waits: it takes the request, and whoever sent it has given up."""
+    path, over = tmp_path / "proxy.jsonl", threading.Event()
+    with Window(centrifugo.api_url, path) as window:
+
+        def too_late(exchange: Exchange) -> None:
+            if not patient:
+                exchange.wait_for_client_to_leave()
+            try:
+                exchange.answer(*exchange.forward())
+            finally:
+                over.set()
+
+        with window.doing(too_late):
+            client = HTTPConnection(urlsplit(window.url).netloc, timeout=PATIENCE)
+            client.request("POST", "/relay-0/api/batch", '{"commands":[]}', {"X-API-Key": centrifugo.api_key})
+            if patient:
+                assert client.getresponse().status == 200
+            client.close()
+            assert over.wait(PATIENCE)
+    [request] = read_proxy(path)
+    assert (request.answered_at is not None) == patient

@@ -55,10 +55,13 @@ RETURNING event_id::text, aggregate_id, version, id
 
 BACKLOG: Final = 5_000
 HOT_BACKLOG: Final = 100
-"""The same of the one thing that changes all the time: its events need a request each."""
+"""The same of one thing that changes all the time: its events need a request each."""
 _PENDING: Final = """
-SELECT count(*), count(*) FILTER (WHERE aggregate_id = 'hot-0')
-FROM (SELECT aggregate_id FROM outbox WHERE state = 'pending' LIMIT %s) AS x
+SELECT sum(events), max(events) FILTER (WHERE name LIKE 'hot-%%' OR name LIKE 'zipf-%%')
+FROM (
+    SELECT aggregate_id, count(*) FROM (SELECT aggregate_id FROM outbox WHERE state = 'pending' LIMIT %s) AS x
+    GROUP BY aggregate_id
+) AS x(name, events)
 """
 
 
@@ -122,9 +125,9 @@ class Brake:
         while not self._stopping.is_set():
             with contextlib.suppress(psycopg.Error), psycopg.connect(self._database_url, autocommit=True) as connection:
                 while not self._stopping.wait(0.2):
-                    [(pending, of_hot)] = connection.execute(_PENDING, (BACKLOG,)).fetchall()
-                    (self.off.set if pending < BACKLOG else self.off.clear)()
-                    (self.hot_off.set if of_hot < HOT_BACKLOG else self.hot_off.clear)()
+                    [(pending, of_one)] = connection.execute(_PENDING, (BACKLOG,)).fetchall()
+                    (self.off.set if (pending or 0) < BACKLOG else self.off.clear)()
+                    (self.hot_off.set if (of_one or 0) < HOT_BACKLOG else self.hot_off.clear)()
             self._stopping.wait(0.2)
 
 
@@ -145,7 +148,7 @@ class Application:
     def run(self, transaction: Callable[[Application], None], stopping: threading.Event) -> None:
         due = time.monotonic()
         while not stopping.wait(max(0.0, due - time.monotonic())):
-            if not (self._brake.hot_off if transaction is hot else self._brake.off).wait(0.2):
+            if not (self._brake.hot_off if transaction in {hot, zipf} else self._brake.off).wait(0.2):
                 continue
             with contextlib.suppress(psycopg.Error):
                 if self._connection is None or self._connection.closed:

@@ -60,7 +60,8 @@ class Exchange:
         return status, body
 
     def answer(self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None) -> None:
-        self._gateway.answering(self, status)
+        if not self._client_has_left():
+            self._gateway.answering(self, status)
         self._handler.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self._handler.send_header(name, value)
@@ -80,6 +81,16 @@ class Exchange:
         """Close the connection."""
         self._handler.close_connection = True
         self._handler.connection.close()
+
+    def _client_has_left(self) -> bool:
+        """Whether the relay has closed the connection: then an answer comes to nobody."""
+        connection = self._handler.connection
+        try:
+            return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def wait_for_client_to_leave(self) -> None:
         """Say nothing until the relay has given up."""
@@ -161,7 +172,7 @@ class Gateway:
         """Centrifugo has answered a request."""
 
     def answering(self, exchange: Exchange, status: int) -> None:
-        """The relay is about to be answered."""
+        """The relay is about to be answered, and has not given up."""
 
     def _take(self, exchange: Exchange) -> None:
         self.heard(exchange)
