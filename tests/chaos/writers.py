@@ -54,6 +54,9 @@ RETURNING event_id::text, aggregate_id, version, id
 """
 
 BACKLOG: Final = 5_000
+GENTLE_BACKLOG: Final = 100
+GENTLE: Final = "gentle"
+"""The file in FOLDER that says that the relays shall catch up."""
 HOT_BACKLOG: Final = 100
 """The same of one thing that changes all the time: its events need a request each."""
 _PENDING: Final = """
@@ -113,12 +116,13 @@ def set_up(database_url: str) -> None:
 class Brake:
     """Lets the writers wait while the relays have a backlog: a run is about faults, not about how fast a machine is."""
 
-    def __init__(self, database_url: str, stopping: threading.Event) -> None:
+    def __init__(self, database_url: str, gentle: Path, stopping: threading.Event) -> None:
         self.off = threading.Event()
         self.hot_off = threading.Event()
         for each in (self.off, self.hot_off):
             each.set()
         self._database_url = database_url
+        self._gentle = gentle
         self._stopping = stopping
 
     def watch(self) -> None:
@@ -126,7 +130,8 @@ class Brake:
             with contextlib.suppress(psycopg.Error), psycopg.connect(self._database_url, autocommit=True) as connection:
                 while not self._stopping.wait(0.2):
                     [(pending, of_one)] = connection.execute(_PENDING, (BACKLOG,)).fetchall()
-                    (self.off.set if (pending or 0) < BACKLOG else self.off.clear)()
+                    most = GENTLE_BACKLOG if self._gentle.exists() else BACKLOG
+                    (self.off.set if (pending or 0) < most else self.off.clear)()
                     (self.hot_off.set if (of_one or 0) < HOT_BACKLOG else self.hot_off.clear)()
             self._stopping.wait(0.2)
 
@@ -346,7 +351,7 @@ APPLICATIONS: Final[Mapping[str, Sequence[tuple[Callable[[Application], None], f
 def main(database_url: str, folder: str, seed: str, rate: str, applications: str) -> None:
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-    brake = Brake(database_url, stopping)
+    brake = Brake(database_url, Path(folder) / GENTLE, stopping)
     threads = [threading.Thread(target=brake.watch, daemon=True)]
     for number, (transaction, part) in enumerate(APPLICATIONS[applications]):
         name = f"{transaction.__name__}{number}"
