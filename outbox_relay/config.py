@@ -102,7 +102,7 @@ class Settings:
     batch_time: Annotated[float, Field(gt=0, le=60), Doc("seconds in which a batch starts requests")] = 1.0
     wake_up: Annotated[bool, Doc("hear of commits at once by LISTEN; through a pooler the relay only polls")] = True
     poll_max: Annotated[Seconds, Doc("seconds between two looks at an empty outbox, at most")] = 0.1
-    pause_max: Annotated[Seconds, Doc("seconds between two tries during an outage, at most")] = 1.0
+    pause_max: Annotated[Seconds, Doc("seconds between two tries during an outage, at most")] = 0.5
     stop_timeout: Annotated[Seconds, Doc("seconds to finish after SIGTERM")] = 10.0
     max_attempts: Annotated[Count, Doc("refusals that are an event's own fault before it may be dead")] = 10
     min_age: Annotated[Age, Doc("seconds of refusals before an event may be dead")] = 900.0

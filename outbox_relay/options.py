@@ -22,7 +22,7 @@ class Options:
     poll_min: float = 0.002
     poll_max: float = 0.1
     pause_min: float = 0.1
-    pause_max: float = 1.0
+    pause_max: float = 0.5
     stop_timeout: float = 10.0
     frozen_after: float = 60.0
     """Without a sign of life for so long a worker counts as frozen."""

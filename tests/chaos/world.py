@@ -341,17 +341,21 @@ class World:
             yield connection
 
     def wait_until_calm(self, seconds: float) -> None:
-        """Until nothing waits that was written some time ago and that only faults hold up; at most so many seconds.
+        """Until nothing waits that was written some time ago and that nobody refuses; at most so many seconds.
 
         The writers go easy on the relays meanwhile.
         """
+        groups = sorted(writers.PLAIN | writers.CHANGING)
         gentle = self.folder / writers.GENTLE
         gentle.touch()
         deadline = time.monotonic() + seconds
         try:
             while time.monotonic() < deadline:
                 with self.database() as connection:
-                    if connection.execute(_OLD, {"groups": sorted(writers.PLAIN)}).fetchone() is None:
+                    if (
+                        connection.execute(_OLD, {"groups": groups}).fetchone()
+                        is None
+                    ):
                         return
                 time.sleep(0.05)
         finally:

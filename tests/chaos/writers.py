@@ -54,11 +54,12 @@ RETURNING event_id::text, aggregate_id, version, id
 """
 
 BACKLOG: Final = 5_000
-GENTLE_BACKLOG: Final = 100
-GENTLE: Final = "gentle"
-"""The file in FOLDER that says that the relays shall catch up."""
 HOT_BACKLOG: Final = 100
 """The same of one thing that changes all the time: its events need a request each."""
+GENTLE_BACKLOG: Final = 100
+GENTLE_HOT_BACKLOG: Final = 5
+GENTLE: Final = "gentle"
+"""The file in FOLDER that says that the relays shall catch up."""
 _PENDING: Final = """
 SELECT sum(events), max(events) FILTER (WHERE name LIKE 'hot-%%' OR name LIKE 'zipf-%%')
 FROM (
@@ -101,6 +102,8 @@ GROUPS: Final = (
 )
 PLAIN: Final = frozenset({"uniform", "several", "serial", "reborn"})
 """What nothing but a fault holds up."""
+CHANGING: Final = frozenset({"hot", "zipf"})
+"""What changes all the time: what is in its lane waits for it."""
 CHANNELS: Final = sorted({channel for group in GROUPS for n in range(group.size) for channel in group.channels(n)})
 TYPES: Final = {group.name: group.type for group in GROUPS}
 
@@ -130,9 +133,10 @@ class Brake:
             with contextlib.suppress(psycopg.Error), psycopg.connect(self._database_url, autocommit=True) as connection:
                 while not self._stopping.wait(0.2):
                     [(pending, of_one)] = connection.execute(_PENDING, (BACKLOG,)).fetchall()
-                    most = GENTLE_BACKLOG if self._gentle.exists() else BACKLOG
+                    gentle = self._gentle.exists()
+                    most, most_of_one = (GENTLE_BACKLOG, GENTLE_HOT_BACKLOG) if gentle else (BACKLOG, HOT_BACKLOG)
                     (self.off.set if (pending or 0) < most else self.off.clear)()
-                    (self.hot_off.set if (of_one or 0) < HOT_BACKLOG else self.hot_off.clear)()
+                    (self.hot_off.set if (of_one or 0) < most_of_one else self.hot_off.clear)()
             self._stopping.wait(0.2)
 
 
