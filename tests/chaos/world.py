@@ -352,10 +352,7 @@ class World:
         try:
             while time.monotonic() < deadline:
                 with self.database() as connection:
-                    if (
-                        connection.execute(_OLD, {"groups": groups}).fetchone()
-                        is None
-                    ):
+                    if connection.execute(_OLD, {"groups": groups}).fetchone() is None:
                         return
                 time.sleep(0.05)
         finally:
