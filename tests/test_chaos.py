@@ -154,5 +154,6 @@ def test_an_answer_that_comes_to_nobody_is_none(centrifugo: Centrifugo, tmp_path
                 assert client.getresponse().status == 200
             client.close()
             assert over.wait(PATIENCE)
+    window.close_log()
     [request] = read_proxy(path)
     assert (request.answered_at is not None) == patient
