@@ -31,7 +31,6 @@ POSTGRES_RESTARTED: Final = sorted(kind for kind in PROMISED if kind.startswith(
 UNHURRIED: Final = 500.0
 """Events per second that leave two shared cores room: how long something takes says something of the relay then."""
 HOLDS: Final = "holds"
-NOT_JUDGED: Final = "not judged"
 # How the judge's sentences begin.
 LOST: Final = ("loss", "stale")
 REORDERED: Final = ("order",)
@@ -82,10 +81,9 @@ Recovery is the time until every event was settled that waited when the fault st
 refused or change all the time. It counts from the healing; where other relays take over, from the strike (marked *).
 Where a figure above promises one, the fault strikes alone in every second round: once the relays have caught up, for
 which writers go easy on them (20 s at most), and with nothing else at work until the promised time is over. Each of
-these *n* cases counts, however long it took. It is judged where the writers leave the machine room. Where they take
-all that it has, its cores are busy with proxies, writers and subscriber as well, and a backlog takes its time: such
-runs are for safety. For the other kinds recovery is known only where no other fault struck meanwhile, that is, mostly
-where it was short.
+these *n* cases counts, however long it took. Runs in which the writers take all that the machine has, whose cores are
+busy with proxies, writers and subscriber as well, have rows of their own, and owe the same. For the other kinds
+recovery is known only where no other fault struck meanwhile, that is, mostly where it was short.
 """
 
 
@@ -112,9 +110,7 @@ def write(runs: Sequence[Run], path: Path = DOCUMENT) -> None:
 def missed(runs: Sequence[Run]) -> list[str]:
     """The figures that recorded runs owe together and do not have."""
     return [
-        f"{name}: {measured}, owed {least}"
-        for name, least, measured, verdict in _figures(runs)
-        if verdict not in {HOLDS, NOT_JUDGED}
+        f"{name}: {measured}, owed {least}" for name, least, measured, verdict in _figures(runs) if verdict != HOLDS
     ]
 
 
@@ -276,17 +272,19 @@ def _figures(runs: Sequence[Run]) -> Iterator[list[str]]:
         value = sum(text.startswith(starts) for text in violations)
         return [name, "0", str(value), _verdict(not value)]
 
+    def judged(name: str, most: float, measured: Sequence[float]) -> list[str]:
+        value = percentile(measured, 99)
+        return [name, f"≤ {most:g} s", f"{value:.2f} s (n = {len(measured)})", _verdict(value <= most)]
+
     def within(name: str, kinds: Sequence[str]) -> Iterator[list[str]]:
         most = PROMISED[kinds[0]]
         for run in runs:
             measured = _recoveries(_faults([run]), *kinds)
             if run["rate"] > UNHURRIED and measured:
-                hurried = f"{percentile(measured, 99):.2f} s (n = {len(measured)})"
-                yield [f"{name}, {run['rate']:,.0f} events/s: all cores busy", "", hurried, NOT_JUDGED]
+                yield judged(f"{name}, {run['rate']:,.0f} events/s: all cores busy", most, measured)
         measured = _recoveries(_faults(_unhurried(runs)), *kinds)
         if measured:
-            value = percentile(measured, 99)
-            yield [name, f"≤ {most:g} s", f"{value:.2f} s (n = {len(measured)})", _verdict(value <= most)]
+            yield judged(name, most, measured)
         else:
             yield [name, f"≤ {most:g} s", "not measured", _verdict(False)]
 
