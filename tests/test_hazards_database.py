@@ -6,7 +6,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from contextlib import closing
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 import pytest
@@ -25,7 +25,7 @@ from tests.support.gateway import Exchange, Gateway
 from tests.support.oracle import Fact, violations
 from tests.support.proxy import TcpProxy
 from tests.support.subscriber import Subscriber
-from tests.support.waiting import in_background, wait_until
+from tests.support.waiting import PATIENCE, in_background, wait_until
 from tests.support.writing import Connection, backend_waits, fact, states, write
 
 Subscribe = Callable[..., Subscriber]
@@ -123,6 +123,17 @@ def test_hazard_7_a_deadlock_while_settling_repeats_only_the_settling(
         store._connection.execute("SET lock_timeout = 30000")
 
     monkeypatch.setattr(Store, "__init__", patient)
+    # A relay that repeats at once may lock 1 before somebody has woken up who waits for it: the same deadlock anew,
+    # until its tries are used up.
+    gave_way = threading.Event()
+    execute_raw = Store.execute_raw
+
+    def give_way(store: Store, query: LiteralString) -> None:
+        execute_raw(store, query)
+        if query == "ROLLBACK TO SAVEPOINT settle":
+            assert gave_way.wait(PATIENCE)
+
+    monkeypatch.setattr(Store, "execute_raw", give_way)
     # Who waits last looks for the deadlock, and the relay looks early.
     set_deadlock_timeout = sql.SQL("ALTER DATABASE {} SET deadlock_timeout = '20ms'")
     connection.execute(set_deadlock_timeout.format(sql.Identifier(connection.info.dbname)))
@@ -139,6 +150,7 @@ def test_hazard_7_a_deadlock_while_settling_repeats_only_the_settling(
     def want_the_first() -> None:
         third.execute("SELECT FROM outbox WHERE id = 1 FOR UPDATE")
         third.rollback()
+        gave_way.set()
 
     gateway.fault = lock_then_publish
     # One worker: two would share the three events.
