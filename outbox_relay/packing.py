@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from outbox_relay.event import Event
+from outbox_relay.event import Event, boottime
 from outbox_relay.outcome import namespace
 
+WAVE_SHRINKAGE: Final = 4
+"""A wave with less than this part of the first one's events waits for the next batch, with fuller company."""
+LINGER: Final = 0.03
+"""Seconds after the first wave in which smaller ones start. Meanwhile the lanes that they leave alone stay locked."""
 ENTRY_BYTES: Final = 320
 """What an event's tags and brackets take in a bundle, beside its payload and the application's own tags; about."""
 
@@ -85,6 +90,18 @@ def waves(events: Sequence[Event], limits: Limits, wires: Wires | None = None) -
         if bundles:
             bundles.add(n)
     return requests
+
+
+def worthwhile(planned: Sequence[list[Event]], behind: set[tuple[str, str]]) -> Iterator[list[Event]]:
+    """Yield the waves that are worth a request now, and put the aggregates of those that wait into `behind`."""
+    lingers_until = math.inf
+    for wave in planned:
+        first = len(planned[0])
+        if len(wave) < first and (len(wave) * WAVE_SHRINKAGE < first or boottime() >= lingers_until):
+            behind.update(event.aggregate for event in wave)
+        else:
+            yield wave
+            lingers_until = min(lingers_until, boottime() + LINGER)
 
 
 def _room_in_channels(used: Mapping[str, int], channels: Sequence[str], size: int, limits: Limits) -> bool:

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
+from itertools import chain, repeat
 from typing import Final, Protocol
 
 from outbox_relay.conflation import took
 from outbox_relay.event import ACCEPTED, OVERTAKEN, Clock, Event, Outage, Refusal, Reply, boottime
 from outbox_relay.options import Options
 from outbox_relay.outcome import INTERNAL, SUPERSEDED, UNANSWERED, Settlement, judge
-from outbox_relay.packing import waves
+from outbox_relay.packing import waves, worthwhile
 from outbox_relay.policy import end, plan
 from outbox_relay.shared import Shared, log_outcomes
 from outbox_relay.store import Batch, Store
 
-WAVE_SHRINKAGE: Final = 4
-"""A wave with less than this part of the first one's events waits for the next batch, with fuller company."""
 PROBE_LANES: Final = 4
 
 
@@ -137,13 +135,10 @@ class Worker:
         limits = self._options.limits
         wires = self._options.wires
         planned = waves(free, replace(limits, events=self._publisher.room(limits.events)), wires)
-        full = list(takewhile(lambda wave: len(wave) * WAVE_SHRINKAGE >= len(planned[0]), planned))
-        if suspects:
-            unsent = {event.aggregate for wave in planned[len(full) :] for event in wave}
-            suspects = [[event for event in group if event.aggregate not in unsent] for group in suspects]
-            suspects = [waves(group, limits, wires)[0] for group in suspects if group]
+        lone = [waves(group, limits, wires)[0] for group in suspects]
+        requests = chain(zip(worthwhile(planned, sent.behind), repeat(False)), zip(lone, repeat(True)))
         ends_at = boottime() + self._options.batch_time
-        for number, wave in enumerate([*full, *suspects]):
+        for number, (wave, suspect) in enumerate(requests):
             if number and (self._shared.stopping.is_set() or boottime() >= ends_at):
                 break
             events = [event for event in wave if event.aggregate not in sent.behind] if sent.behind else wave
@@ -158,7 +153,7 @@ class Worker:
             if events[0].id in alone or self._shared.failed(events, clock):
                 refusals = (Refusal(channel, -outage.verdict, outage.reason) for channel in events[0].unsent)
                 sent.refused.append((events[0], Reply(tuple(refusals))))
-            elif number < len(full) or not sent.anything_accepted:
+            elif not (suspect and sent.anything_accepted):
                 sent.outage = outage
                 break
             sent.behind.update(event.aggregate for event in events)

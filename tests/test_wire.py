@@ -22,7 +22,7 @@ from outbox_relay.centrifugo import Centrifugo as Publisher
 from outbox_relay.embedded.centrifugo import Centrifugo
 from outbox_relay.endpoint import api_url
 from outbox_relay.event import ACCEPTED, Event, Outage, Refusal, Reply
-from outbox_relay.packing import Limits, waves
+from outbox_relay.packing import LINGER, Limits, waves, worthwhile
 from outbox_relay.wire import MAX_DEPTH, encode_batch
 from tests.support.gateway import Exchange, Fault, Gateway, drip
 from tests.support.subscriber import Subscriber, items, members
@@ -106,6 +106,31 @@ def test_there_are_no_more_waves_than_order_demands(events: list[Event]) -> None
     """With room for all, as many requests as the busiest aggregate has events."""
     busiest = max(Counter(sent.aggregate for sent in events).values(), default=0)
     assert len(waves(events, Limits())) == busiest
+
+
+def wave_of(*names: str) -> list[Event]:
+    return [event(aggregate=("order", name)) for name in names]
+
+
+def test_a_wave_much_smaller_than_the_first_waits() -> None:
+    planned = [wave_of(*"12345678"), wave_of("1", "2"), wave_of("1")]
+    behind: set[tuple[str, str]] = set()
+    assert list(worthwhile(planned, behind)) == planned[:2]
+    assert behind == {("order", "1")}
+
+
+def test_a_wave_smaller_than_the_first_does_not_keep_lanes_locked_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one has all the time that it needs, and so has one as large."""
+    now = 100.0
+    monkeypatch.setattr("outbox_relay.packing.boottime", lambda: now)
+    planned = [wave_of("1", "2"), wave_of("1"), wave_of("1"), wave_of("3", "4")]
+    behind: set[tuple[str, str]] = set()
+    sent = []
+    for wave, seconds in zip(worthwhile(planned, behind), (1.0, LINGER, 0.0), strict=True):
+        sent.append(wave)
+        now += seconds
+    assert sent == [planned[0], planned[1], planned[3]]
+    assert behind == {("order", "1")}
 
 
 def test_requests_are_filled_to_their_limits() -> None:
