@@ -145,7 +145,8 @@ class Costs:
 def _witness(server: Centrifugo, namespace: str, events: int, newest: Newest | None) -> Witness:
     if newest is None:
         return Witness(server.ws_url, load.channels(namespace), events)
-    return Witness(server.ws_url, load.channels(namespace), newest.objects, newest=newest.version)
+    # Who publishes each of a million snapshots needs more than two minutes for that.
+    return Witness(server.ws_url, load.channels(namespace), newest.objects, newest=newest.version, seconds=600)
 
 
 def watched(
