@@ -16,11 +16,13 @@ from tests.support.oracle import (
     Heard,
     History,
     Hole,
+    Judged,
     Sent,
     Stream,
     Struck,
     Verdict,
     judge,
+    judge_stream,
     violations,
 )
 
@@ -268,6 +270,19 @@ def test_a_fault_pays_for_what_was_in_flight_and_for_no_more() -> None:
     assert found(history) == ["duplicates"]
 
 
+def test_what_is_sent_after_the_healing_in_a_transaction_from_before_is_in_flight() -> None:
+    """A relay hears of its session's end when it next needs it; what it began later, it began unharmed."""
+    history = faultless()
+    history.faults = [Struck("sessions ended", 4.6, 4.8)]
+    for aggregate in "012":
+        history.rows.settled_at[f"{aggregate}-5"] = 6.5
+    *before, last = history.sent
+    history.sent = [*before, replace(last, began_at=4.7), sent(5, "0", "1", "2", at=6.0)]
+    assert judge(history) == Verdict([], [Bill(history.faults[0], 3, 3)], 0)
+    history.sent = [*before, replace(last, began_at=4.9), sent(5, "0", "1", "2", at=6.0)]
+    assert found(history) == ["duplicates"]
+
+
 def test_what_was_settled_before_a_fault_may_not_come_again() -> None:
     history = faultless()
     history.faults = [Struck("relay killed", 9.0, 9.0)]
@@ -390,6 +405,18 @@ def test_so_may_one_that_a_fault_met_before_it_was_settled() -> None:
     for too_soon_or_late in (Struck("relay killed", 3.5, 3.6), Struck("relay killed", 4.97, 4.97)):
         history.faults = [too_soon_or_late]
         assert "order" in found(history)
+
+
+def test_so_may_what_was_sent_after_it() -> None:
+    """A change went out in the same batch as the snapshot, and neither could be written down."""
+    owed = [fact for fact in COMMITTED if fact.aggregate == AGGREGATES[0]]
+    first, snapshot, third, fourth, fifth = owed
+    doubtful = {snapshot.key}
+    again = [first, snapshot, third, fourth, fifth]
+    assert judge_stream(owed, [snapshot, third, *again], doubtful=doubtful) == Judged([], 2, 1)
+    # What is newer than the snapshot has to wait for its turn.
+    assert judge_stream(owed, [snapshot, fourth, third, *again], doubtful=doubtful).violations
+    assert judge_stream(owed, [snapshot, third, *again]).violations
 
 
 def test_a_change_without_an_answer_may_not() -> None:

@@ -145,9 +145,8 @@ def read_proxy(path: Path) -> list[Sent]:
         if "sent" in line:
             events = tuple((key, tuple(channels), gap) for channels, carried in line["sent"] for key, gap in carried)
             publications = tuple(n for n, (_, carried) in enumerate(line["sent"]) for _ in carried)
-            sent[number] = Sent(
-                line["at"], events, publications=() if len(events) == len(line["sent"]) else publications
-            )
+            single = len(events) == len(line["sent"])
+            sent[number] = Sent(line["at"], events, publications=() if single else publications, began_at=line["began"])
         elif "executed" in line:
             codes, of_each = line["executed"], sent[number].publications
             sent[number].executed(line["at"], [codes[n] for n in of_each] if codes and of_each else codes)

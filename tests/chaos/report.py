@@ -71,8 +71,10 @@ id > cursor; a start hint without the safety rule), and each must fail.
 
 _TERMS: Final = """\
 *Repeated* are events that Centrifugo accepted once more after the fault, on average and at most; idempotency keys
-spare subscribers most of them. *In flight* are the events of requests that the fault met, on average: sent before it
-was healed, by transactions that were not committed when it struck. So many may be repeated, and in each single case no
+spare subscribers most of them. *In flight* are the events of requests that the fault met, on average: of transactions
+that began before it was healed and were not committed when it struck. (So some are sent after the healing, by a relay
+that does not know yet that its session is gone. When a transaction began each request says, in a header that the
+harness adds inside the relay's process; nothing else can tell.) So many may be repeated, and in each single case no
 more were.
 
 Recovery is the time until every event was settled that waited when the fault struck, but for those of things that are
@@ -131,10 +133,14 @@ def summary(runs: Sequence[Run]) -> str:
     return (
         f"Under {kinds}, {sum(stage['events'] for stage in stages):,} events: none lost, invented or reordered, "
         "repeated at most what was in flight;\n"
-        f"all delivered again within {_p99(faults, *KILLED):.1f} s of a relay's death, "
-        f"{_p99(faults, *CENTRIFUGO_RESTARTED):.1f} s of Centrifugo's restart, "
-        f"{_p99(faults, *POSTGRES_RESTARTED):.1f} s of PostgreSQL's (p99; {how}).\n"
+        f"all delivered again within {_rounded_up(_p99(faults, *KILLED))} s of a relay's death, "
+        f"{_rounded_up(_p99(faults, *CENTRIFUGO_RESTARTED))} s of Centrifugo's restart, "
+        f"{_rounded_up(_p99(faults, *POSTGRES_RESTARTED))} s of PostgreSQL's (p99; {how}).\n"
     )
+
+
+def _rounded_up(seconds: float) -> float:
+    return math.ceil(seconds * 10) / 10
 
 
 def _command(run: Run) -> str:

@@ -26,7 +26,7 @@ from tests.chaos import (
 from tests.chaos.fault import Appointment, Fault, schedule
 from tests.chaos.measure import Injection, Left, Strike, Waiting, recovery
 from tests.chaos.world import NAMESPACES, RELAY, Engine, World, end, namespace
-from tests.support.oracle import Hole, Verdict, judge
+from tests.support.oracle import Hole, Struck, Verdict, judge
 from tests.support.waiting import wait_until
 
 CALM: Final = 4.0
@@ -117,6 +117,7 @@ def run(stage: Stage, seconds: float, seed: str, rate: float, folder: Path) -> R
         struck = _Storm(world).run(appointments, seconds)
         healed = time.time()
         world.stop_writers()
+        restart = _give_the_namespace(world)
         left = _heal(world, stage.patience)
         load = os.getloadavg()[0]
         if left.violations and stage.command is RELAY and load > OVERLOADED * (os.cpu_count() or 1):
@@ -125,7 +126,7 @@ def run(stage: Stage, seconds: float, seed: str, rate: float, folder: Path) -> R
         _let_the_witness_finish(world)
         held = maps.read_back(world.centrifugo, folder / "witness.jsonl", whole=stage.whole)
         with world.database() as connection:
-            faults = [strike.as_struck for strike in struck]
+            faults = [*(strike.as_struck for strike in struck), restart]
             history, written = logs.read(folder, connection, faults, world.people, held, whole=stage.whole)
         holes = sum(isinstance(fact, Hole) for facts in history.heard.values() for fact in facts)
         if stage.whole and holes:
@@ -134,7 +135,7 @@ def run(stage: Stage, seconds: float, seed: str, rate: float, folder: Path) -> R
         waiting = Waiting(written.plain_at, history.rows.settled_at)
         injections = [
             Injection(strike.fault.kind, cost.duplicates, cost.in_flight, recovery(strike, struck, waiting, healed))
-            for strike, cost in zip(struck, verdict.bills, strict=True)
+            for strike, cost in zip(struck, verdict.bills[:-1], strict=True)
         ]
         logs.write_faults(folder, struck, injections)
         return Result(
@@ -214,13 +215,19 @@ SELECT FROM outbox WHERE state IN ('pending', 'parked') AND id <= %s UNION ALL S
 """
 
 
+def _give_the_namespace(world: World) -> Struck:
+    """A person gives Centrifugo the namespace that it lacks; who does so with a restart cuts requests off, too."""
+    at = time.time()
+    world.restart_centrifugo(namespaces=(*NAMESPACES, namespace("nowhere", 20_000)))
+    return Struck("Centrifugo restarted with all namespaces", at, time.time())
+
+
 def _heal(world: World, patience: float) -> Left:
-    """Wait until everything has ended, and say what is left. A person gives Centrifugo the namespace that it lacks.
+    """Wait until everything has ended, and say what is left.
 
     A little is written until what was there has ended: where nothing else is accepted, nobody can tell a refusal that
     is an event's own fault from an outage, and it waits.
     """
-    world.restart_centrifugo(namespaces=(*NAMESPACES, namespace("nowhere", 20_000)))
     left = Left()
     deadline = time.monotonic() + patience
     with world.database() as connection:

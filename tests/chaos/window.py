@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.support.failpoints import BEGAN
 from tests.support.gateway import Exchange, Fault, Gateway
 from tests.support.oracle import DROPPED
 
@@ -54,7 +55,10 @@ class Window(Gateway):
         with self._guard:
             self._count += 1
             exchange.number = self._count
-            self._write({"n": exchange.number, "at": time.time(), "relay": _relay(exchange), "sent": sent})
+            at = time.time()
+            # Only a relay of ours says it.
+            age = time.monotonic() - float(exchange.headers[BEGAN]) if BEGAN in exchange.headers else 0.0
+            self._write({"n": exchange.number, "at": at, "began": at - age, "relay": _relay(exchange), "sent": sent})
 
     def executed(self, exchange: Exchange, status: int, body: bytes) -> None:
         codes: list[list[int]] = []

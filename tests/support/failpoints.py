@@ -3,6 +3,9 @@
 Everything else is the real thing: the arguments are `outbox-relay`'s own. A signal from outside cannot hit these
 points on purpose. The file that OUTBOX_RELAY_FAILPOINT names says which point is armed and which signal the relay
 sends itself there, as in `before it sends SIGKILL`; it is deleted when it strikes.
+
+Each of its requests says in the header `BEGAN` when its transaction began: a fault meets in flight more than what has
+been sent, and only the relay knows.
 """
 
 from __future__ import annotations
@@ -10,18 +13,22 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+import httpx
 import psycopg
 
 from outbox_relay import cli
 from outbox_relay.centrifugo import Centrifugo
-from outbox_relay.store import Store
+from outbox_relay.store import Claim, Store
 
 FILE: Final = "OUTBOX_RELAY_FAILPOINT"
+BEGAN: Final = "X-Transaction-Began"
+"""Seconds on the clock that all processes share, and that no time of day changes: `time.monotonic`."""
 POINTS: Final = (
     "after it claimed",
     "after it read",
@@ -34,6 +41,7 @@ POINTS: Final = (
 )
 _once: Final = threading.Lock()
 _settled: Final = threading.local()
+_began: Final = threading.local()
 
 
 def arm(path: Path, point: str, number: signal.Signals) -> None:
@@ -96,8 +104,25 @@ def _watch_commits(path: Path) -> None:
     psycopg.Connection.commit = committing  # type: ignore[method-assign, assignment]
 
 
+def _tell_when_it_began() -> None:
+    claim, send = Store.claim, httpx.Client.send
+
+    def claiming(*args: Any, **kwargs: Any) -> Claim:
+        _began.at = time.monotonic()
+        return claim(*args, **kwargs)
+
+    def sending(client: httpx.Client, request: httpx.Request, **kwargs: Any) -> httpx.Response:
+        if hasattr(_began, "at"):
+            request.headers[BEGAN] = repr(_began.at)
+        return send(client, request, **kwargs)
+
+    Store.claim = claiming  # type: ignore[method-assign]
+    httpx.Client.send = sending  # type: ignore[method-assign, assignment]
+
+
 def main() -> None:
     path = Path(os.environ.pop(FILE))
+    _tell_when_it_began()
     _watch(Store, "claim", path, after="after it claimed")
     _watch(Store, "read", path, after="after it read")
     _watch(Store, "request_deadline", path, before="before it looks at its lock")

@@ -41,6 +41,7 @@ class Exchange:
         self._gateway = gateway
         self._handler = handler
         self.path = handler.path
+        self.headers = handler.headers
         self.number = 0
         self.body = body
         self.commands = [_command(command) for command in json.loads(body)["commands"]]
@@ -50,7 +51,7 @@ class Exchange:
         upstream = urlsplit(self._gateway.upstream)
         connection = HTTPConnection(upstream.hostname or "", upstream.port, timeout=PATIENCE)
         try:
-            headers = {"X-API-Key": self._handler.headers["X-API-Key"], "Content-Type": "application/json"}
+            headers = {"X-API-Key": self.headers["X-API-Key"], "Content-Type": "application/json"}
             connection.request("POST", f"/api{self.path.rpartition('/api')[2]}", self.body, headers)
             response = connection.getresponse()
             status, body = response.status, response.read()

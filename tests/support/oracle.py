@@ -51,6 +51,7 @@ class Sent:
     event's channels, 0 where it accepted; empty where it never executed the request. `answered_at` is when the relay
     was told so; None where it was not. `repeated`: the proxy itself sent it twice. `publications` says which one each
     event is in: those of one number are a bundle, in order, all or none. Empty where each event has its own.
+    `began_at` is when the transaction began in which it was sent; None where only the request is known.
     """
 
     at: float
@@ -60,6 +61,11 @@ class Sent:
     answered_at: float | None = None
     repeated: bool = False
     publications: Sequence[int] = ()
+    began_at: float | None = None
+
+    @property
+    def began(self) -> float:
+        return self.at if self.began_at is None else self.began_at
 
     def executed(self, at: float, codes: Sequence[Sequence[int]]) -> None:
         self.repeated = bool(self.codes)
@@ -212,8 +218,9 @@ def judge_stream(
     Each delivery is the successor of the one before, or a step back of which the way forward is then repeated: after
     a crash the events of a batch come again. A gap is as good as the event in whose place it comes. `excused` events
     need not come. `late` ones may come again, or after their successors where they are `excused`, `ended` or `asked`
-    for. A `doubtful` one may come before what it stands in for. On the way forward again, `swallowed` ones may be
-    missing. Where versions are `rising` nothing comes again. After a hole the stream may go on anywhere.
+    for. A `doubtful` one, and what follows it, may come before what it stands in for. On the way forward again,
+    `swallowed` ones may be missing. Where versions are `rising` nothing comes again. After a hole the stream may go on
+    anywhere.
     """
     position = {fact: place for place, fact in enumerate(owed)}
     # How many owed events there are before each place: what may be skipped does not count.
@@ -243,9 +250,9 @@ def judge_stream(
         if delivery.gap and again:
             # It was sent, not settled because of a fault, and has expired before it could be sent again.
             continue
-        stood_in = owed[last].key if place < last else ""
         if place < last and (
-            (fact.key in late and (again or otherwise or fact.key in asked)) or (stood_in in doubtful and not again)
+            (fact.key in late and (again or otherwise or fact.key in asked))
+            or (not again and any(owed[between].key in doubtful for between in range(place + 1, last + 1)))
         ):
             surfaced += 1
             seen.add(place)
@@ -276,19 +283,23 @@ def judge_stream(
 
 
 def bill(history: History) -> tuple[list[Bill], list[str]]:
-    """Charge every event that was accepted once more to the fault that met it in flight."""
+    """Charge every event that was accepted once more to the fault that met it in flight.
+
+    In flight is what is sent in a transaction that has not committed when the fault strikes; also what is sent after
+    the healing, by a relay that does not know yet that its session was ended.
+    """
     faults = sorted(history.faults, key=lambda fault: fault.at)
     strikes = [fault.at for fault in faults]
     settled = history.rows.settled_at
     charged: Counter[int] = Counter()
     in_flight: Counter[int] = Counter()
     found: list[str] = []
-    last_sent: dict[tuple[str, bool, str], float] = {}
+    last_began: dict[tuple[str, bool, str], float] = {}
     for request in history.sent:
         carried = {key for key, _, _ in request.events}
-        for number in range(bisect_right(strikes, request.at - LONGEST), len(faults)):
+        for number in range(bisect_right(strikes, request.began - LONGEST), len(faults)):
             fault = faults[number]
-            if fault.healed < request.at:
+            if fault.healed < request.began:
                 continue
             met = sum(settled.get(key, request.executed_at) > fault.at for key in carried)
             if fault.at > request.at and not met:
@@ -298,12 +309,12 @@ def bill(history: History) -> tuple[list[Bill], list[str]]:
         for (key, channels, gap), codes in zip(request.events, request.codes, strict=False):
             for channel, code in zip(channels, codes, strict=True):
                 if not code:
-                    before = last_sent.get((key, gap, channel))
-                    last_sent[key, gap, channel] = request.at
+                    before = last_began.get((key, gap, channel))
+                    last_began[key, gap, channel] = request.began
                     if before is not None and key not in history.asked:
                         again[key] = before
         for key, before in again.items():
-            # The last fault that met it: sent before the healing, and not settled when it struck.
+            # The last fault that met it: in a transaction from before the healing, and not settled when it struck.
             earlier = range(bisect_right(strikes, request.executed_at) - 1, -1, -1)
             guilty = next((number for number in earlier if before <= faults[number].healed), None)
             if guilty is None or settled.get(key, request.executed_at) <= faults[guilty].at:
@@ -407,8 +418,8 @@ def _in_doubt(history: History) -> set[str]:
         for key, _, _ in request.events:
             if key in history.covers and key not in found:
                 settled_at = history.rows.settled_at.get(key, request.executed_at)
-                meant = range(bisect_right(strikes, request.at - LONGEST), bisect_left(strikes, settled_at))
-                if any(faults[number][1] >= request.at for number in meant):
+                meant = range(bisect_right(strikes, request.began - LONGEST), bisect_left(strikes, settled_at))
+                if any(faults[number][1] >= request.began for number in meant):
                     found.add(key)
     return found
 
