@@ -62,17 +62,17 @@ _DUE_COLUMNS: Final = f"""{_FIELDS}, coalesce(id = head_id AND tries > 0, false)
     hold_type, hold_id, head_id, tries, attempts, alone,
     date_part('epoch', first_refused_at), date_part('epoch', refused_at)"""
 
-# The first lane after {lane_before}, up to part.high, that has pending events or a hold among those longest due. Here
-# and below the lane is asked for as a range: only the index by lane has this order. With `=` the planner may walk
-# through another one instead, where statistics say that most rows are in that lane.
-_NEXT: Final = """least(
+# The first lane after {lane_before}, up to part.high, that has pending events. Here and below the lane is asked for as a
+# range: only the index by lane has this order. With `=` the planner may walk through another one instead, where
+# statistics say that most rows are in that lane.
+_NEXT_PENDING: Final = """
     (SELECT {lane} FROM {outbox} AS o
      WHERE {lane} > {lane_before} AND {lane} <= part.high AND o.id >= {start} AND o.state = 'pending'
-     ORDER BY {lane}, o.id LIMIT 1),
-    (SELECT min(lane) FROM unnest(due.lanes) AS lane WHERE lane > {lane_before} AND lane <= part.high))
+     ORDER BY {lane}, o.id LIMIT 1)
 """.replace("{start}", START)
 
-# From one busy lane to the next, so that a single event costs a few buffers, round the circle of lanes.
+# From one busy lane to the next, so that a single event costs a few buffers, round the circle of lanes. The next lane
+# with pending events is looked for once: between two of them may be many that only have a hold among those longest due.
 _CLAIM: Final = """
 SELECT l.lane, coalesce(l.lane = ANY(due.lanes), false), date_part('epoch', clock_timestamp())
 FROM (
@@ -82,20 +82,24 @@ FROM (
 ) AS due
 CROSS JOIN (VALUES (%(after)s::smallint, 255::smallint), (-1::smallint, %(after)s::smallint)) AS part(low, high)
 CROSS JOIN LATERAL (
-    WITH RECURSIVE busy(lane) AS (
-        SELECT {first}
+    WITH RECURSIVE busy(lane, pending) AS (
+        SELECT part.low, part.low
         UNION ALL
-        SELECT {next} FROM busy WHERE busy.lane < part.high
+        SELECT least(next.pending, (SELECT min(lane) FROM unnest(due.lanes) AS lane
+                                    WHERE lane > next.after AND lane <= part.high)), next.pending
+        FROM (
+            SELECT lane AS after, CASE WHEN lane = pending THEN {next_pending} ELSE pending END AS pending FROM busy
+            OFFSET 0
+        ) AS next
+        WHERE next.after IS NOT NULL
     )
-    SELECT lane FROM busy WHERE lane IS NOT NULL
+    SELECT lane FROM busy WHERE lane > part.low
 ) AS busy
 CROSS JOIN LATERAL (
     SELECT c.lane FROM {outbox_lane} AS c WHERE c.lane = busy.lane FOR NO KEY UPDATE SKIP LOCKED
 ) AS l
 LIMIT %(limit)s
-""".replace("{first}", _NEXT.replace("{lane_before}", "part.low")).replace(
-    "{next}", _NEXT.replace("{lane_before}", "busy.lane")
-)
+""".replace("{next_pending}", _NEXT_PENDING.replace("{lane_before}", "lane"))
 
 _PENDING: Final = """
     FROM unnest(%(lanes)s::smallint[]) AS l(lane)

@@ -149,6 +149,40 @@ def test_so_does_the_look_at_what_is_conflated(url: str, monkeypatch: pytest.Mon
     assert read.buffers <= 3 * looked_at + 5 * len(batch.events)
 
 
+@pytest.mark.parametrize("holds", [1, LANES])
+def test_due_holds_do_not_multiply_the_walk(
+    holds: int, server_url: str, migrated_template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a snapshot is held the entries of settled events stay in the index: a claim walks over them once, however
+    many lanes have nothing but a due hold."""
+    monkeypatch.setattr(start_hint, "RENEW_EVERY", float("inf"))
+    settled = 5_000
+    plans: list[Plan] = []
+    with database(server_url, migrated_template) as name:
+        url = in_database(server_url, name)
+        with psycopg.connect(url) as snapshot, psycopg.connect(url, autocommit=True) as connection:
+            snapshot.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+            snapshot.execute("SELECT")
+            connection.execute(
+                "INSERT INTO outbox (aggregate_type, aggregate_id, version, channels, payload) "
+                "SELECT 'order', n, 1, '{hist:1}', '{}' FROM generate_series(1, %s) n",
+                (settled,),
+            )
+            connection.execute("UPDATE outbox SET state = 'delivered', settled_at = now()")
+            connection.execute(
+                "INSERT INTO outbox_hold "
+                "(aggregate_type, aggregate_id, lane, due_at, head_id, tries, attempts, first_refused_at, refused_at) "
+                "SELECT 'held', n, n, now(), 1, 1, 0, now(), now() FROM generate_series(1, %s) n",
+                (holds,),
+            )
+            with closing(Store(make_conninfo(url, options=_EXPLAIN))) as store, store.batch():
+                store._connection.add_notice_handler(lambda notice: plans.extend(_plan(notice.message_primary or "")))
+                lanes = store.claim(after=255, lanes=LANES).lanes
+    assert lanes == [(lane, True) for lane in range(1, holds + 1)]
+    [claim] = plans
+    assert settled / 2 < claim.buffers < settled + 10 * holds
+
+
 def _plan(message: str) -> Iterator[Plan]:
     _, found, text = message.partition("plan:\n")
     if found:

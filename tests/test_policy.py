@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from outbox_relay.event import Event
+from outbox_relay import event as event_room
+from outbox_relay.event import Clock, Event
 from outbox_relay.outcome import GivenUp, Policy, Settlement
 from outbox_relay.policy import plan
 
@@ -91,3 +92,9 @@ def test_each_type_has_its_policy() -> None:
     events = [event(aggregate_type=name, created_at=0.0) for name in ("old", "any")]
     assert [sent.ending for sent in plan(events, NOW, types.__getitem__).events] == ["expired", None]
     assert LASTING.max_age == math.inf
+
+
+def test_the_databases_clock_is_carried_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was asked once: what has passed here since then has passed there."""
+    monkeypatch.setattr(event_room, "boottime", lambda: 30.0)
+    assert Clock(epoch=NOW, read_at=20.0).now() == NOW + 10.0
