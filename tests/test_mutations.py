@@ -63,15 +63,18 @@ def test_every_module_has_changes_and_tests() -> None:
 
 
 def test_the_page_says_what_survived_and_why(tmp_path: Path) -> None:
-    """What nobody has read is open; a reason for what did not survive is an error."""
+    """What nobody has read is open; a reason for what did not survive is an error, not one for what was not tried."""
     survivors = [{"line": n, "fate": "survived", "diff": f"-    a = {n}\n+    a = 0"} for n in (1, 2)]
     run = {
         "module": "pace",
         "source": "abc",
         "seed": 7,
         "of": 9,
-        "results": [*survivors, {"fate": "killed"}, {"fate": "timeout"}],
+        "results": [*survivors, {"fate": "killed", "diff": "- b\n+ c"}, {"fate": "timeout", "diff": "- d\n+ e"}],
     }
+    source = "def pace(x):\n    x = 1\n    return x\n"
+    (tmp_path / "outbox_relay").mkdir()
+    (tmp_path / "outbox_relay" / "pace.py").write_text(source)
     (tmp_path / READ).parent.mkdir(parents=True)
     reason = '[[read]]\nmodule = "pace"\ndiff = """\n- a = 1\n+ a = 0\n"""\nverdict = "cost"\nwhy = "Dear."\n'
     (tmp_path / READ).write_text(reason)
@@ -82,5 +85,9 @@ def test_the_page_says_what_survived_and_why(tmp_path: Path) -> None:
     assert "Line 1, cost:" in page
     assert "Dear." in page
     assert "Line 2, open:" in page
-    with pytest.raises(ValueError, match="did not survive"):
-        report(tmp_path, [run | {"results": survivors[1:]}], ["pace"])
+    untried, tried = mutants(source)[:2]
+    (tmp_path / READ).write_text(reason + reason.replace("- a = 1\n+ a = 0", untried.diff(source)))
+    report(tmp_path, [run | {"results": [*survivors, {"fate": "killed", "diff": tried.diff(source)}]}], ["pace"])
+    for results in ([], [*survivors, {"fate": "killed", "diff": untried.diff(source)}]):
+        with pytest.raises(ValueError, match="did not survive"):
+            report(tmp_path, [run | {"results": results}], ["pace"])
