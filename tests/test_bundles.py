@@ -120,6 +120,9 @@ def test_a_request_counts_publications() -> None:
     assert waves(events, Limits(events=2), WIRES) == [events]
     wider = [event("1", channels=["b:x"]), event("2", channels=["b:x", "b:y"])]
     assert waves(wider, Limits(events=1), WIRES) == [wider[:1], wider[1:]]
+    # What has a publication of its own beside its bundle counts as one.
+    beside = [event(str(n), channels=["b:x", "plain:w"]) for n in range(3)]
+    assert waves(beside, Limits(events=2), WIRES) == [beside[:2], beside[2:]]
 
 
 def test_a_bundle_counts_all_its_bytes() -> None:
