@@ -45,7 +45,8 @@ TESTS: Final[dict[str, str]] = {
     "centrifugo": "wire hostile_server outcomes key_rotation bundles outages",
     "endpoint": "hostile_server wire outages",
     "session": "lanes hazards_order start_hint wake_up hazards_database pgbouncer",
-    "store": "batches lanes conflation gaps holds hazards_order hazards_settling start_hint plans retention outcomes",
+    "store": "batches lanes conflation gaps holds hazards_order hazards_settling start_hint plans retention outcomes "
+    "hazards_database",
     "shared": "versions holds bundles outages outcomes",
     "relay": "batches lanes conflation gaps holds bundles hazards_settling cost_guard versions outages outcomes",
     "runner": "batches outages metrics hazards_process",
