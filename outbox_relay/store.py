@@ -62,8 +62,8 @@ _DUE_COLUMNS: Final = f"""{_FIELDS}, coalesce(id = head_id AND tries > 0, false)
     hold_type, hold_id, head_id, tries, attempts, alone,
     date_part('epoch', first_refused_at), date_part('epoch', refused_at)"""
 
-# The first lane after {lane_before}, up to part.high, that has pending events. Here and below the lane is asked for as a
-# range: only the index by lane has this order. With `=` the planner may walk through another one instead, where
+# The first lane after {lane_before}, up to part.high, that has pending events. Here and below the lane is asked for as
+# a range: only the index by lane has this order. With `=` the planner may walk through another one instead, where
 # statistics say that most rows are in that lane.
 _NEXT_PENDING: Final = """
     (SELECT {lane} FROM {outbox} AS o
