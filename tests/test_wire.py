@@ -289,13 +289,16 @@ def test_every_event_has_its_own_answer(publisher: Publisher, channel: str) -> N
     assert replies == [ACCEPTED, refused[0], ACCEPTED, refused[1]]
 
 
-def test_too_deep_a_payload_is_refused_alone(publisher: Publisher, subscribe: Subscribe, channel: str) -> None:
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")], ids=["arrays", "objects"])
+def test_too_deep_a_payload_is_refused_alone(
+    opening: str, closing: str, publisher: Publisher, subscribe: Subscribe, channel: str
+) -> None:
     """Centrifugo would refuse the whole request for it, so it is not sent; its neighbours, one just within the
     limit and one with brackets that only look like nesting, arrive."""
     subscriber = subscribe(channel)
 
     def nested(levels: int, name: str) -> Event:
-        return event(aggregate=("order", name), channels=[channel], payload="[" * levels + "]" * levels)
+        return event(aggregate=("order", name), channels=[channel], payload=f"{opening * levels}0{closing * levels}")
 
     flat = event(aggregate=("order", "flat"), channels=[channel], payload='"\\"' + "[" * (MAX_DEPTH + 1) + '"')
     replies = publisher.publish([nested(MAX_DEPTH, "just"), nested(MAX_DEPTH + 1, "deep"), flat])
