@@ -31,7 +31,9 @@ from tests.support.writing import fact, write
 Subscribe = Callable[..., Subscriber]
 
 DOCUMENT = "outcomes.md"
-TIMEOUT = 0.25
+TIMEOUT = 3.0
+SHORT = 0.25
+"""For requests that have to meet it."""
 NOT_BY_ITSELF = Options(policy=Policy(backoff_base=3600.0, backoff_max=3600.0))
 """No hold is due before the test says so."""
 
@@ -78,8 +80,8 @@ class Stage:
 Provocation = Callable[[Stage], AbstractContextManager[Publisher]]
 
 
-def publisher(url: str, key: str = "key") -> Publisher:
-    return Publisher(url, key, timeout=TIMEOUT)
+def publisher(url: str, key: str = "key", timeout: float = TIMEOUT) -> Publisher:
+    return Publisher(url, key, timeout=timeout)
 
 
 @contextmanager
@@ -91,14 +93,14 @@ def a_listener_that_accepts_nobody(stage: Stage) -> Iterator[Publisher]:
             waiting = stack.enter_context(closing(socket.socket()))
             waiting.setblocking(False)
             waiting.connect_ex(listener.getsockname())
-        yield publisher(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        yield publisher(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=SHORT)
 
 
 @contextmanager
 def a_frozen_server(stage: Stage) -> Iterator[Publisher]:
     server = stage.start_centrifugo()
     server.pause()
-    yield publisher(server.api_url, server.api_key)
+    yield publisher(server.api_url, server.api_key, SHORT)
     server.resume()
 
 
@@ -149,13 +151,13 @@ def tls_server(stage: Stage) -> Iterator[str]:
         yield address
 
 
-def stand_in(fault: Fault) -> Provocation:
+def stand_in(fault: Fault, timeout: float = TIMEOUT) -> Provocation:
     """A stand-in, because no Centrifugo answers this on demand."""
 
     @contextmanager
     def provoke(stage: Stage) -> Iterator[Publisher]:
         stage.gateway.fault = fault
-        yield publisher(stage.gateway.url)
+        yield publisher(stage.gateway.url, timeout=timeout)
 
     return provoke
 
@@ -198,7 +200,7 @@ def replies(reply: str, more: int = 0) -> Fault:
 PROVOCATIONS: Mapping[str, Provocation] = {
     "connecting takes too long": a_listener_that_accepts_nobody,
     "no answer in time": a_frozen_server,
-    "an answer drop by drop": stand_in(drip),
+    "an answer drop by drop": stand_in(drip, SHORT),
     "nobody listens": a_killed_server,
     "the name does not resolve": no_such_name,
     "reset after the request was sent": stand_in(Exchange.reset),
@@ -263,7 +265,7 @@ def test_a_request_that_fails_whole(
         outages = steps.journal.outages
         assert len(outages) == len(steps.journal.requests) >= 4
         assert {outage.reason for outage in outages if row["The relay says"] not in outage.reason} == set()
-        assert steps.journal.longest < TIMEOUT + 0.5
+        assert steps.journal.longest < publisher.timeout + 0.5
         relay, _, seconds = row["Relay"].partition(" for ")
         assert result(steps, "1") == expected(row)._replace(relay=relay)
         assert steps.states("1") + steps.states("2") == ["pending"] * 3
@@ -431,7 +433,7 @@ def test_an_event_that_makes_every_request_with_it_fail(
     gateway.fault = dislike
     others = row["Others accepted"]
     fellows = 0 if others == "nothing" else 20
-    with Stepper(database_url, Publisher(gateway.url, centrifugo.api_key, timeout=TIMEOUT), NOT_BY_ITSELF) as steps:
+    with Stepper(database_url, Publisher(gateway.url, centrifugo.api_key, timeout=SHORT), NOT_BY_ITSELF) as steps:
         for version in (1, 2):
             for name in ("guilty", *map(str, range(fellows))):
                 write(connection, name, version, channel)
