@@ -281,6 +281,22 @@ def test_what_is_held_comes_after_what_it_was_to_stand_for(
     assert rows(connection) == [(1, "superseded", None), (2, "delivered", None)]
 
 
+def test_a_hold_of_nothing_ends(
+    connect: Connect, database_url: str, centrifugo: Centrifugo, gateway: Gateway, channel: str
+) -> None:
+    """Somebody has deleted what waited: the aggregate is free again."""
+    connection = connect()
+    add(connection, "1", 1, [channel])
+    with Stepper(database_url, Publisher(gateway.url, centrifugo.api_key), OPTIONS) as steps:
+        gateway.fault = refuse(102, lambda command: True)
+        steps.step()
+        assert len(steps.holds) == 1
+        connection.execute("DELETE FROM outbox")
+        steps.make_due()
+        steps.step()
+        assert steps.holds == []
+
+
 SUPERSEDES: dict[str, tuple[Row, Row, bool]] = {
     # name: an event, a later one, whether that makes the first one needless
     "a snapshot": (Row(), Row(2), True),
