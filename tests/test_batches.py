@@ -10,9 +10,11 @@ from outbox_relay import runner
 from outbox_relay.centrifugo import Centrifugo as Publisher
 from outbox_relay.database import DatabaseUnavailableError
 from outbox_relay.embedded.centrifugo import Centrifugo
+from outbox_relay.event import Event, Refusal, Reply
 from outbox_relay.options import Options
 from outbox_relay.outcome import Policy
 from outbox_relay.packing import Limits
+from outbox_relay.relay import Sent
 from outbox_relay.runner import Ended, Relay
 from outbox_relay.store import Store
 from tests.conftest import Connect
@@ -29,6 +31,13 @@ ONE_BY_ONE = Options(limits=Limits(events=1), policy=PATIENT)
 def publisher(gateway: Gateway, centrifugo: Centrifugo) -> Publisher:
     """Through a window that may make it fail; it never tries what is faster."""
     return Publisher(gateway.url, centrifugo.api_key, parallel=True)
+
+
+@pytest.mark.parametrize(("code", "sound"), [(-1, False), (0, False), (100, False), (102, True)])
+def test_a_refusal_for_the_events_own_sake_shows_that_centrifugo_works(code: int, sound: bool) -> None:
+    """A request that failed whole does not, nor does an internal error."""
+    event = Event(1, "e", "order", "1", 0, 1, "change", ["a"], "{}", None, None, 0.0)
+    assert Sent(refused=[(event, Reply((Refusal("a", code, "no"),)))]).sound is sound
 
 
 def test_a_request_that_fails_ends_its_batch(

@@ -276,6 +276,7 @@ def test_what_is_held_comes_after_what_it_was_to_stand_for(
         gateway.fault = None
         steps.make_due()
         steps.drain()
+        assert steps.journal.ended == {"superseded": 1}
     assert received(subscriber, 1, channel) == [(2, "snapshot")]
     assert [command.version for command in gateway.commands] == [2, 2]
     assert rows(connection) == [(1, "superseded", None), (2, "delivered", None)]

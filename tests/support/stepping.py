@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -24,12 +26,19 @@ class Hold(NamedTuple):
 
 
 class Journal(Unobserved):
-    """What the relay reports of its requests: how many events each had, and why those failed that failed whole."""
+    """What the relay reports of its requests: how many events each had, and why those failed that failed whole.
+
+    And, by state, how many events ended because a later one was accepted in their place.
+    """
 
     def __init__(self) -> None:
         self.requests: list[int] = []
         self.outages: list[Outage] = []
         self.longest = 0.0
+        self.ended = Counter[str]()
+
+    def needless(self, ended: Mapping[str, int]) -> None:
+        self.ended.update(ended)
 
     def request(self, events: int, seconds: float, outage: Outage | None) -> None:
         self.requests.append(events)
