@@ -18,9 +18,6 @@ ON_POSTGRES := $(addprefix tests/test_,$(addsuffix .py,bundles cli_operator conf
 	wake_up writing))
 # The part of it that .ci/run takes, on the oldest version.
 ON_OLDEST := $(addprefix tests/test_,$(addsuffix .py,epoch hazards_order lanes migrations plans roles start_hint))
-# Not run again with the oldest dependencies: the servers that come with the wheels, and what judges tests and benchmarks.
-OF_OUR_TOOLS := $(addprefix --ignore tests/test_,embedded.py bench.py mutations.py oracle.py) \
-	--deselect tests/test_chaos.py::test_a_naive_relay_fails
 COMPILE := .venv/bin/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11
 
 .DEFAULT_GOAL := help
@@ -58,7 +55,7 @@ test: setup debian $(LOWEST) ## Run the whole test suite, then again with the ol
 
 .PHONY: test-lowest
 test-lowest: setup debian $(LOWEST) ## Run the suite with the oldest dependencies alone
-	.venv-lowest/bin/python -m pytest -n $(JOBS) -p no:cacheprovider $(OF_OUR_TOOLS) $(ARGS)
+	.venv-lowest/bin/python -m pytest -n $(JOBS) -p no:cacheprovider --ignore tests/test_embedded.py $(ARGS)
 
 .PHONY: test-postgres
 test-postgres: setup debian ## Run what speaks SQL on PostgreSQL 14 to 18 (VERSIONS='14 15', ARGS='-k lane')
