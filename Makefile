@@ -20,6 +20,9 @@ ON_POSTGRES := $(addprefix tests/test_,$(addsuffix .py,bundles cli_operator conf
 ON_OLDEST := $(addprefix tests/test_,$(addsuffix .py,epoch hazards_order lanes migrations plans roles start_hint))
 COMPILE := .venv/bin/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11
 
+# Where it is set, a hundred relays compile the same files, and pytest rewrites every test in every process.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -84,6 +85,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full", action="store_true", help="all interleavings and all fuzzing, where a part is enough every day"
     )
+
+
+def pytest_configure() -> None:
+    """Keep temporary files in memory where that has room: each test has a database, and each of those is 300 files.
+
+    On a disk the search for free inodes alone took a quarter of the suite's time. `TMPDIR` is respected.
+    """
+    memory = Path("/dev/shm")
+    if "TMPDIR" in os.environ or not os.access(memory, os.W_OK | os.X_OK):
+        return
+    system = os.statvfs(memory)
+    # Containers have it small, and closed to programs.
+    if system.f_bavail * system.f_frsize >= 4 << 30 and not system.f_flag & os.ST_NOEXEC:
+        os.environ["TMPDIR"] = str(memory)
+        tempfile.tempdir = None
 
 
 # PostgreSQL

@@ -7,6 +7,7 @@ of the orders, chosen by a seed, and `make interleavings` all of them.
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 from collections import Counter
@@ -48,11 +49,17 @@ ALIKE: Final = {
 """Who does the same in a scene. Orders that differ only in these names are one, and played once."""
 
 
+@functools.cache
+def every_order() -> list[str]:
+    every = list(interleavings(STEPS))
+    assert len(every) == len(set(every)) == ORDERS
+    return every
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "orders" not in metafunc.fixturenames:
         return
-    every = list(interleavings(STEPS))
-    assert len(every) == len(set(every)) == ORDERS
+    every = every_order()
     if metafunc.config.getoption("full") and metafunc.function is not test_a_naive_claim_fails:
         alike = ALIKE.get(metafunc.function.__name__, ())
         every = [order for order in every if all(order.index(one) < order.index(other) for one, other in alike)]
