@@ -12,7 +12,7 @@ LOWEST  := .venv-lowest/.ready-$(VERSION)
 DEBIAN  := postgresql chromium faketime pgbouncer openssl
 # What is run on every version of PostgreSQL: the tables and their writers, the roles, the path of an event and what
 # disturbs it, the plans and what they cost, the operators.
-ON_POSTGRES := $(addprefix tests/test_,$(addsuffix .py,bundles cli_operator conflation cost_guard drift epoch gaps \
+ON_POSTGRES := $(addprefix tests/test_,$(addsuffix .py,bundles chaos cli_operator conflation cost_guard drift epoch gaps \
 	hazards_database hazards_order hazards_payload hazards_process hazards_server hazards_settling holds hostile_writer \
 	interleavings lanes migrations operator orm outcomes plans poison retention roles start_hint versioned_channels \
 	wake_up writing))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import closing
 
 import pytest
@@ -97,6 +98,27 @@ def test_an_answer_for_an_events_own_sake_ends_a_pause(
         assert steps.pauses is not over
 
 
+def test_one_channel_that_accepts_shows_that_centrifugo_works(
+    connect: Connect, database_url: str, gateway: Gateway, publisher: Publisher
+) -> None:
+    """The internal error of an event's other channel is then no outage: the event waits alone."""
+
+    def half(exchange: Exchange) -> None:
+        status, body = exchange.forward()
+        answer = json.loads(body)
+        [reply] = answer["replies"]
+        reply["broadcast"]["responses"][1] = {"error": {"code": 100, "message": "internal server error"}}
+        exchange.answer(status, json.dumps(answer).encode())
+
+    connection = connect()
+    gateway.fault = half
+    with Stepper(database_url, publisher, Options(policy=PATIENT)) as steps:
+        write(connection, "1", 1, ["plain:a", "plain:b"])
+        steps.step()
+        assert not steps.pauses
+        assert steps.holds == [Hold("1", 1, attempts=0)]
+
+
 def test_evidence_is_what_came_after_the_last_refusal(
     connect: Connect, database_url: str, gateway: Gateway, publisher: Publisher
 ) -> None:
@@ -127,6 +149,24 @@ def test_parking_is_work(connect: Connect, database_url: str, gateway: Gateway, 
         assert not steps.step()
 
 
+def test_what_crowds_a_lane_is_parked_at_once(
+    connect: Connect, database_url: str, gateway: Gateway, publisher: Publisher
+) -> None:
+    """Not only the one event that the batch may read; what is on hold, and nothing else of the lane."""
+    connection = connect()
+    held, free = neighbours(connection, 2)
+    gateway.fault = refuse(102, lambda command: command.aggregate[1] == held)
+    with Stepper(database_url, publisher, Options(events_per_lane=1, lanes=1, policy=PATIENT)) as steps:
+        write(connection, held, 1, "plain:a")
+        steps.step()
+        for version in range(2, 6):
+            write(connection, held, version, "plain:a")
+        write(connection, free, 1, "plain:a")
+        steps.step()
+        assert steps.states(held) == ["parked"] * 5
+        assert steps.states(free) == ["pending"]
+
+
 def test_the_next_head_starts_anew(connect: Connect, database_url: str, gateway: Gateway, publisher: Publisher) -> None:
     """Nothing of what its predecessor met counts for it, and nothing of that is shown."""
     connection = connect()
@@ -142,10 +182,11 @@ def test_the_next_head_starts_anew(connect: Connect, database_url: str, gateway:
         steps.step()
         assert steps.states("1") == ["delivered", "parked", "parked"]
     [hold] = connection.execute(
-        "SELECT o.version, tries, attempts, alone, h.error, due_at <= clock_timestamp() "
-        "FROM outbox_hold AS h JOIN outbox AS o ON o.id = head_id"
+        "SELECT o.version, tries, attempts, alone, h.error, due_at <= clock_timestamp(), "
+        "first_refused_at > first.settled_at, refused_at > first.settled_at "
+        "FROM outbox_hold AS h JOIN outbox AS o ON o.id = head_id JOIN outbox AS first ON first.version = 1"
     ).fetchall()
-    assert hold == (2, 0, 0, False, None, True)
+    assert hold == (2, 0, 0, False, None, True, True, True)
 
 
 def test_while_there_is_work_nobody_rests(connect: Connect, database_url: str, centrifugo: Centrifugo) -> None:

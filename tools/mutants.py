@@ -47,8 +47,9 @@ TESTS: Final[dict[str, str]] = {
     "session": "lanes hazards_order start_hint wake_up hazards_database pgbouncer",
     "store": "batches lanes conflation gaps holds hazards_order hazards_settling start_hint plans retention outcomes "
     "hazards_database",
-    "shared": "versions holds bundles outages outcomes",
-    "relay": "batches lanes conflation gaps holds bundles hazards_settling cost_guard versions outages outcomes",
+    "shared": "shared versions holds bundles outages outcomes",
+    "relay": "batches lanes conflation gaps holds bundles hazards_settling cost_guard versions outages outcomes "
+    "versioned_channels",
     "runner": "batches outages metrics hazards_process",
 }
 # Loaded once, then shared by all runs; nothing of the project's own.

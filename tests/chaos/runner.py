@@ -133,9 +133,11 @@ def run(stage: Stage, seconds: float, seed: str, rate: float, folder: Path) -> R
             raise VoidRunError(f"the subscriber lost its stream: see {folder / 'witness.jsonl'}")
         verdict = judge(history)
         waiting = Waiting(written.plain_at, history.rows.settled_at)
+        bill_of = {cost.fault: cost for cost in verdict.bills}
         injections = [
             Injection(strike.fault.kind, cost.duplicates, cost.in_flight, recovery(strike, struck, waiting, healed))
-            for strike, cost in zip(struck, verdict.bills[:-1], strict=True)
+            for strike in struck
+            for cost in [bill_of[strike.as_struck]]
         ]
         logs.write_faults(folder, struck, injections)
         return Result(
