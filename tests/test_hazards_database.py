@@ -6,6 +6,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from contextlib import closing
+from datetime import timedelta
 from typing import Any, LiteralString
 
 import psycopg
@@ -210,6 +211,28 @@ def relay_sessions(connection: Connection) -> list[tuple[int, str]]:
         "SELECT pid, state FROM pg_stat_activity "
         "WHERE datname = current_database() AND application_name = 'outbox-relay'"
     ).fetchall()
+
+
+def test_hazard_11_the_database_ends_a_session_that_is_silent(connect: Connect, database_url: str) -> None:
+    """Once a batch and its last request must be over, and not before. The relay then sends nothing more."""
+    connection = connect()
+    with closing(Store(database_url, request_timeout=0.2, batch_time=0.1)) as store:
+        assert store.session_timeout > 0.2 + 0.1
+        batch = store.batch()
+        batch.__enter__()
+        pid, limit, since = store.execute(
+            "SELECT pg_backend_pid(), current_setting('idle_in_transaction_session_timeout')::interval, "
+            "clock_timestamp()"
+        ).fetchall()[0]
+        wait_until(
+            lambda: connection.execute("SELECT FROM pg_stat_activity WHERE pid = %s", (pid,)).rowcount == 0,
+            "the session is ended",
+        )
+        [(now,)] = connection.execute("SELECT clock_timestamp()").fetchall()
+        assert now - since >= limit == timedelta(seconds=store.session_timeout)
+        assert store.request_deadline() is None
+        with pytest.raises(DatabaseUnavailableError):
+            batch.__exit__(None, None, None)
 
 
 def test_hazard_13_sessions_that_are_ended_again_and_again(

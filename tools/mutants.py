@@ -44,7 +44,7 @@ TESTS: Final[dict[str, str]] = {
     "start_hint": "start_hint",
     "centrifugo": "wire hostile_server outcomes key_rotation bundles outages",
     "endpoint": "hostile_server wire outages",
-    "session": "lanes hazards_order start_hint wake_up hazards_database pgbouncer",
+    "session": "lanes hazards_order start_hint wake_up hazards_database pgbouncer hazards_process",
     "store": "batches lanes conflation gaps holds hazards_order hazards_settling start_hint plans retention outcomes "
     "hazards_database",
     "shared": "shared versions holds bundles outages outcomes",
