@@ -23,6 +23,11 @@ from tests.support.writing import states, write
 EVENT = Event(1, "00000000-0000-0000-0000-000000000001", "order", "1", 0, 1, "change", ["a"], "{}", None, None, 0.0)
 
 
+BLAMELESS = (401, 404, 405, 407, 408, 421, 425, 429, 503, 504)
+"""Statuses that speak of the key, the address or the time."""
+NO_REPLY = (b"welcome", b"[1]", b'{"error":{"code":100}}', b'{"replies":{}}', b'{"replies":[]}', b'{"replies":[3]}')
+
+
 def refusing(error: object) -> Callable[[Exchange], None]:
     """Every event is refused with this error."""
     return lambda exchange: exchange.answer(
@@ -138,3 +143,20 @@ def test_an_address_with_colons(gateway: Gateway) -> None:
     gateway.fault = lambda exchange: exchange.answer(200, b'{"replies":[{"publish":{}}]}')
     with closing(Publisher(f"http://[::ffff:127.0.0.1]:{port}", "key")) as publisher:
         assert publisher.publish([EVENT]) == [Reply(())]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "verdict"),
+    [
+        *((status, b"", 0) for status in BLAMELESS),
+        *((status, b"", status) for status in (400, 403, 413, 422, 500, 502)),
+        *((200, body, 200) for body in NO_REPLY),
+    ],
+)
+def test_what_an_answer_has_against_the_request(gateway: Gateway, status: int, body: bytes, verdict: int) -> None:
+    """And perhaps against the events in it."""
+    gateway.fault = lambda exchange: exchange.answer(status, body)
+    with closing(Publisher(gateway.url, "key")) as publisher:
+        outage = publisher.publish([EVENT])
+    assert isinstance(outage, Outage)
+    assert outage.verdict == verdict

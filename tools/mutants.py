@@ -42,8 +42,8 @@ TESTS: Final[dict[str, str]] = {
     "pace": "pace",
     "versions": "versions",
     "start_hint": "start_hint",
-    "centrifugo": "wire hostile_server outcomes key_rotation bundles outages",
-    "endpoint": "hostile_server wire outages",
+    "centrifugo": "centrifugo wire hostile_server outcomes key_rotation bundles outages",
+    "endpoint": "hostile_server centrifugo wire outages",
     "session": "lanes hazards_order start_hint wake_up hazards_database pgbouncer hazards_process",
     "store": "batches lanes conflation gaps holds hazards_order hazards_settling start_hint plans retention outcomes "
     "hazards_database",
