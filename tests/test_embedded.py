@@ -149,7 +149,6 @@ class TestPostgres:
         eventually(lambda: not listens(int(port)), "the port is closed")
         eventually(lambda: not Path(folder).exists(), "the temporary folder is gone")
 
-    @pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
     def test_it_dies_with_its_supervisor(self) -> None:
         server = Postgres()
         server.start()
