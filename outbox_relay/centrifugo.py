@@ -153,7 +153,10 @@ class Centrifugo:
     def _post(self, body: bytes, limit: int) -> tuple[httpx.Response, bytes | None]:
         """The response and, where it is a 200 of at most `limit` bytes, its content."""
         with self._client.stream("POST", f"{self._api}/batch", content=body) as response:
-            return response, _read(response, limit) if response.status_code == 200 else None
+            content = _read(response, limit) if response.status_code == 200 else None
+        # httpx ties a response and its stream into a cycle: the request's body would wait for Python's collector.
+        response.stream = httpx.ByteStream(b"")
+        return response, content
 
     def _renew_key(self) -> bool:
         """Whether there is another key than the one that was refused; it is used from now on."""
