@@ -25,6 +25,8 @@ log = get_logger()
 SLEEP_AT_MOST: Final = 0.5
 OTHERS_AT_IT: Final = 0.01
 """Seconds, at most, until a worker looks for another lane while others have all those with work."""
+STAND_BY: Final = 0.5
+"""Seconds, at most, until a worker looks for events though another one keeps watch."""
 
 
 class Ended(enum.Enum):
@@ -35,6 +37,36 @@ class Ended(enum.Enum):
     ONLY_HELD = "only held or parked events are left"
     HUNG = "a worker did not stop in time"
     FAILED = "a worker failed"
+
+
+class _Watch:
+    """One idle worker looks out for events and delivers them; the others stand by until there are too many for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._keeper: int | None = None
+        self._over = threading.Event()
+
+    def keep(self, number: int) -> bool:
+        """Whether this worker keeps watch, from now on where nobody did."""
+        with self._lock:
+            if self._keeper is None:
+                self._keeper = number
+                self._over.clear()
+            return self._keeper == number
+
+    def end(self, number: int) -> None:
+        """Call the others, if this worker kept watch."""
+        with self._lock:
+            if self._keeper == number:
+                self._keeper = None
+                self._over.set()
+
+    def stand_by(self) -> None:
+        self._over.wait(STAND_BY)
+
+    def call(self) -> None:
+        self._over.set()
 
 
 class Relay:
@@ -55,6 +87,7 @@ class Relay:
         self._open_publisher = open_publisher
         self._options = options or Options()
         self._shared = Shared(Pause(self._options.pause_min, self._options.pause_max), observer or Unobserved())
+        self._watch = _Watch()
         self._threads: list[threading.Thread] = []
         self._until_empty = False
         self._ended = Ended.STOPPED
@@ -94,6 +127,7 @@ class Relay:
         Takes a lock: not for a signal handler.
         """
         self._shared.stopping.set()
+        self._watch.call()
 
     def join(self) -> Ended:
         """Wait until the workers have ended; after `stop`, at most `stop_timeout` seconds."""
@@ -133,6 +167,7 @@ class Relay:
                         worker = Worker(store, publisher, self._options, self._shared)
                         self._deliver(worker, store, number, chores)
                 except DatabaseUnavailableError as error:
+                    self._watch.end(number)
                     progress.alive()
                     failures = failures + 1 if progress.has_database is False else 1
                     progress.has_database = False
@@ -142,12 +177,12 @@ class Relay:
         except BaseException:
             log.exception("worker failed", worker=number)
             self._ended = Ended.FAILED
-            stopping.set()
+            self.stop()
 
     def _deliver(self, worker: Worker, store: Store, number: int, chores: Chores | None) -> None:
         """Batches at once while there is work, growing waits while there is none, until asked to stop."""
         stopping, progress = self._shared.stopping, self._shared.progress[number]
-        told = False
+        told = hurried = False
         idle = self._options.poll_min
         while not stopping.is_set():
             progress.alive()
@@ -160,16 +195,21 @@ class Relay:
             if chores is not None:
                 chores.do(store)
             if busy:
-                told, idle = False, self._options.poll_min
+                if hurried:
+                    self._watch.end(number)
+                told, hurried, idle = False, True, self._options.poll_min
                 continue
+            hurried = False
             if self._until_empty and self._finished(store):
                 return
             if wanted:
                 # Others have the lanes. Nobody is told when they are free, and to fall asleep would only wake us again.
                 told = False
                 stopping.wait(min(idle, OTHERS_AT_IT))
-            else:
+            elif self._watch.keep(number):
                 told = self._rest(store, idle)
+            else:
+                self._watch.stand_by()
             idle = min(idle * 2, self._options.poll_max)
 
     def _rest(self, store: Store, seconds: float) -> bool:
@@ -187,5 +227,5 @@ class Relay:
         if pending:
             return False
         self._ended = Ended.ONLY_HELD if held else Ended.EMPTY
-        self._shared.stopping.set()
+        self.stop()
         return True

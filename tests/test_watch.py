@@ -1,0 +1,117 @@
+"""One worker of an idle relay looks out for events: the others stand by, and come when they are called."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+
+from outbox_relay import runner
+from outbox_relay.centrifugo import Centrifugo as Publisher
+from outbox_relay.database import DatabaseUnavailableError
+from outbox_relay.embedded.centrifugo import Centrifugo
+from outbox_relay.event import Event, Outage, Reply
+from outbox_relay.options import Options
+from outbox_relay.runner import Ended, Relay
+from outbox_relay.store import Store
+from tests.conftest import Connect
+from tests.support.waiting import wait_until
+from tests.support.writing import states, write
+
+EAGER = Options(workers=3, poll_min=0.001, poll_max=0.001, batch_events=1, lanes=1, events_per_lane=1)
+LOOKS = 50
+
+
+@pytest.fixture(autouse=True)
+def nobody_comes_uncalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "STAND_BY", 3600.0)
+
+
+class Place:
+    """A relay whose workers are told apart by their threads: who looked for events, who published any."""
+
+    def __init__(self, database_url: str, centrifugo: Centrifugo) -> None:
+        self.looks: Counter[str] = Counter()
+        self.published: Counter[str] = Counter()
+        self.pids: dict[str, int] = {}
+        self.banned = ""
+        """The worker that gets no session any more."""
+        place = self
+
+        class Looking(Store):
+            def anything_to_do(self) -> bool:
+                place.looks[threading.current_thread().name] += 1
+                return super().anything_to_do()
+
+        class Publishing(Publisher):
+            def publish(self, events: Sequence[Event], deadline: float | None = None) -> list[Reply] | Outage:
+                place.published[threading.current_thread().name] += 1
+                return super().publish(events, deadline)
+
+        def open_store() -> Store:
+            if threading.current_thread().name == self.banned:
+                raise DatabaseUnavailableError("no session for this one")
+            store = Looking(database_url, wake_up=False)
+            self.pids[threading.current_thread().name] = store.execute("SELECT pg_backend_pid()").fetchall()[0][0]
+            return store
+
+        self.relay = Relay(open_store, lambda: Publishing(centrifugo.api_url, centrifugo.api_key), EAGER)
+
+    @property
+    def keeper(self) -> str:
+        """Once all others have come to rest."""
+        wait_until(lambda: len(self.looks) == EAGER.workers, "every worker has looked")
+        before = Counter(self.looks)
+        wait_until(lambda: max((self.looks - before).values(), default=0) >= LOOKS, "somebody keeps watch")
+        return (self.looks - before).most_common(1)[0][0]
+
+
+@pytest.fixture
+def place(database_url: str, centrifugo: Centrifugo) -> Place:
+    return Place(database_url, centrifugo)
+
+
+def test_one_worker_asks_for_all(place: Place) -> None:
+    """And nobody has to wait for those that stand by when the relay is stopped."""
+    with place.relay:
+        keeper = place.keeper
+        before = Counter(place.looks)
+        wait_until(lambda: place.looks[keeper] >= before[keeper] + LOOKS, "the watch goes on")
+        assert set(place.looks - before) == {keeper}
+    assert place.relay.join() is Ended.STOPPED
+
+
+def test_a_single_event_calls_nobody(place: Place, connect: Connect) -> None:
+    with place.relay:
+        keeper = place.keeper
+        before = Counter(place.looks)
+        write(connect(), "1", 1, "plain:a")
+        wait_until(lambda: states(connect()) == {"delivered": 1}, "it is delivered")
+        wait_until(lambda: place.looks[keeper] >= before[keeper] + LOOKS, "the watch goes on")
+        assert set(place.looks - before) == {keeper}
+    assert set(place.published) == {keeper}
+
+
+def test_many_events_call_the_others(place: Place, connect: Connect) -> None:
+    """Hundreds of batches, of which the one who keeps watch delivers the first ones alone."""
+    connection = connect()
+    with place.relay:
+        assert place.keeper
+        with connection.transaction():
+            for name in range(300):
+                write(connection, str(name), 1, "plain:a")
+        wait_until(lambda: states(connection) == {"delivered": 300}, "all are delivered")
+    assert len(place.published) > 1
+
+
+def test_another_one_keeps_watch_where_the_database_is_lost(place: Place, connect: Connect) -> None:
+    connection = connect()
+    with place.relay:
+        place.banned = lost = place.keeper
+        connection.execute("SELECT pg_terminate_backend(%s, 10_000)", (place.pids[lost],))
+        write(connection, "1", 1, "plain:a")
+        wait_until(lambda: states(connection) == {"delivered": 1}, "it is delivered")
+        assert place.keeper != lost
+    assert lost not in place.published
