@@ -154,8 +154,7 @@ class Centrifugo:
         """The response and, where it is a 200 of at most `limit` bytes, its content."""
         with self._client.stream("POST", f"{self._api}/batch", content=body) as response:
             content = _read(response, limit) if response.status_code == 200 else None
-        # httpx ties a response and its stream into a cycle: the request's body would wait for Python's collector.
-        response.stream = httpx.ByteStream(b"")
+        response.stream = httpx.ByteStream(b"")  # ends a cycle: the request's body would wait for Python's collector
         return response, content
 
     def _renew_key(self) -> bool:

@@ -21,7 +21,7 @@ from outbox_relay.database import DatabaseUnavailableError, one_line
 from outbox_relay.event import Clock, Event, Hold, boottime
 from outbox_relay.outcome import SUPERSEDED, GivenUp, Held, Owed, Policy, Settlement
 from outbox_relay.session import bigints
-from outbox_relay.start_hint import DRAWN, START, StartHint
+from outbox_relay.start_hint import StartHint, hinted
 from outbox_relay.upkeep import Upkeep
 
 SWEEP: Final = 10_000
@@ -65,19 +65,19 @@ _DUE_COLUMNS: Final = f"""{_FIELDS}, coalesce(id = head_id AND tries > 0, false)
 # The first lane after {lane_before}, up to part.high, that has pending events. Here and below the lane is asked for as
 # a range: only the index by lane has this order. With `=` the planner may walk through another one instead, where
 # statistics say that most rows are in that lane.
-_NEXT_PENDING: Final = """
+_NEXT_PENDING: Final = hinted("""
     (SELECT {lane} FROM {outbox} AS o
      WHERE {lane} > {lane_before} AND {lane} <= part.high AND o.id >= {start} AND o.state = 'pending'
      ORDER BY {lane}, o.id LIMIT 1)
-""".replace("{start}", START)
+""")
 
 # From one busy lane to the next, so that a single event costs a few buffers, round the circle of lanes. The next lane
 # with pending events is looked for once: between two of them may be many that only have a hold among those longest due.
-_CLAIM: Final = """
+_CLAIM: Final = hinted("""
 SELECT l.lane, coalesce(l.lane = ANY(due.lanes), false), date_part('epoch', clock_timestamp())
 FROM (
     SELECT array_agg(h.lane) AS lanes
-    FROM (SELECT lane FROM {outbox_hold} WHERE due_at <= statement_timestamp()
+    FROM (SELECT lane FROM {outbox_hold} WHERE {is_due}
           ORDER BY due_at LIMIT %(holds)s) AS h
 ) AS due
 CROSS JOIN (VALUES (%(after)s::smallint, 255::smallint), (-1::smallint, %(after)s::smallint)) AS part(low, high)
@@ -99,16 +99,16 @@ CROSS JOIN LATERAL (
     SELECT c.lane FROM {outbox_lane} AS c WHERE c.lane = busy.lane FOR NO KEY UPDATE SKIP LOCKED
 ) AS l
 LIMIT %(limit)s
-""".replace("{next_pending}", _NEXT_PENDING.replace("{lane_before}", "lane"))
+""").replace("{next_pending}", _NEXT_PENDING.replace("{lane_before}", "lane"))
 
-_PENDING: Final = """
+_PENDING: Final = hinted("""
     FROM unnest(%(lanes)s::smallint[]) AS l(lane)
     CROSS JOIN LATERAL (
         SELECT l.lane, o.* FROM {outbox} AS o
         WHERE {lane} BETWEEN l.lane AND l.lane AND o.id >= {start} AND o.state = 'pending'
         ORDER BY {lane}, o.id LIMIT %(quota)s
     ) AS e
-""".replace("{start}", START)
+""")
 
 # Not a join: whatever the statistics say, a scalar subquery is one probe of the primary key. Where nothing is on hold
 # there is none.
@@ -131,12 +131,12 @@ WHERE bytes <= %(max_bytes)s OR bytes = pg_column_size(payload)
 ORDER BY id
 """  # noqa: S608 - all of it is written here
 
-_DUE: Final = """
+_DUE: Final = hinted("""
     FROM (
         SELECT aggregate_type AS hold_type, aggregate_id AS hold_id, lane,
                head_id, tries, attempts, alone, first_refused_at, refused_at
         FROM {outbox_hold}
-        WHERE lane = ANY(%(lanes)s::smallint[]) AND due_at <= statement_timestamp()
+        WHERE lane = ANY(%(lanes)s::smallint[]) AND {is_due}
         ORDER BY due_at LIMIT %(holds)s
     ) AS h
     LEFT JOIN LATERAL (
@@ -144,7 +144,7 @@ _DUE: Final = """
         WHERE o.state = 'parked' AND o.aggregate_type = h.hold_type AND o.aggregate_id = h.hold_id
         ORDER BY o.id LIMIT %(quota)s
     ) AS e ON true
-"""
+""")
 
 _READ_DUE: Final = f"""
 SELECT {_DUE_COLUMNS}
@@ -162,7 +162,7 @@ _KEPT_DUE: Final = kept(f"h.lane, NULL AS held, {_HOLD_COLUMNS} {_DUE}", _DUE_CO
 
 _PARK: Final = "UPDATE {outbox} SET state = 'parked' WHERE id = ANY(%(ids)s::bigint[]) AND state = 'pending'"
 
-_SWEEP: Final = """
+_SWEEP: Final = hinted("""
 UPDATE {outbox} AS p SET state = 'parked'
 FROM unnest(%(lanes)s::smallint[]) AS l(lane)
 CROSS JOIN LATERAL (
@@ -173,17 +173,14 @@ CROSS JOIN LATERAL (
 WHERE p.id = met.id AND p.state = 'pending'
   AND (SELECT true FROM {outbox_hold} AS h
        WHERE h.aggregate_type = met.aggregate_type AND h.aggregate_id = met.aggregate_id)
-""".replace("{start}", START)
+""")
 
 _DELIVERED: Final = """
 UPDATE {outbox} SET state = 'delivered', settled_at = clock_timestamp(), accepted = NULL, error = NULL
 WHERE id = ANY(%(ids)s::bigint[]) AND state IN ('pending', 'parked')
 """
 
-_SUPERSEDED: Final = """
-UPDATE {outbox} SET state = 'superseded', settled_at = clock_timestamp(), accepted = NULL, error = NULL
-WHERE id = ANY(%(ids)s::bigint[]) AND state IN ('pending', 'parked')
-"""
+_SUPERSEDED: Final = _DELIVERED.replace("'delivered'", "'superseded'")
 
 # The reason of a dead event stays beside the one for which its gap is untold.
 _ENDED: Final = """
@@ -247,10 +244,10 @@ DELETE FROM {outbox} WHERE id = ANY(%(ids)s::bigint[]) AND state IN ('pending', 
 """
 
 # Cheap enough to ask many times a second: index probes.
-_IDLE: Final = """
+_IDLE: Final = hinted("""
 SELECT (SELECT true FROM {outbox} AS o WHERE o.id >= {start} AND o.state = 'pending' ORDER BY {lane}, o.id LIMIT 1)
-    OR (SELECT true FROM {outbox_hold} WHERE due_at <= statement_timestamp() ORDER BY due_at LIMIT 1), {drawn}
-""".replace("{start}", START).replace("{drawn}", DRAWN)
+    OR (SELECT true FROM {outbox_hold} WHERE {is_due} ORDER BY due_at LIMIT 1), {drawn}
+""")
 
 
 class Store(Upkeep):
@@ -293,7 +290,7 @@ class Store(Upkeep):
         """
         quota = max(per_lane, events // max(len(lanes), 1))
         due, pending, window = _READ_DUE, _READ_PENDING, 1
-        bounds: dict[str, Any] = {"max_bytes": max_bytes}
+        bounds: dict[str, Any] = {"max_bytes": max_bytes, **self._hint.parameters}
         if conflated:
             due, pending, window = _KEPT_DUE, _KEPT_PENDING, self._window
             bounds |= {"most": quota * len(lanes), **conflation.parameters(conflated, now)}
@@ -307,7 +304,7 @@ class Store(Upkeep):
                 if row[_ID] is not None:
                     batch.events.append(Event._make(row[: len(Event._fields)]))
         numbers = [lane.lane for lane in lanes]
-        rows = self.execute(pending, lanes=numbers, quota=quota * window, **bounds, **self._hint.parameters).fetchall()
+        rows = self.execute(pending, lanes=numbers, quota=quota * window, **bounds).fetchall()
         self._take(batch, conflation.uncovered(rows, batch.covered) if conflated else rows, quota * window)
         self._window = conflation.next_window(window, len(batch.events), batch.covered.values())
         return batch

@@ -6,6 +6,7 @@ PostgreSQL itself reports the plans that it ran (auto_explain), for the statemen
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -104,7 +105,8 @@ def url(request: pytest.FixtureRequest, crowded_url: str) -> str:
 def test_statements_stay_index_scans(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The idle question, claim, read and settle each touch what they need by an index, whatever the statistics
     say; claim and read together take at most 5 buffers for an event."""
-    monkeypatch.setattr(start_hint, "RENEW_EVERY", float("inf"))
+    monkeypatch.setattr(start_hint, "RENEW_EVERY", math.inf)
+    monkeypatch.setattr(start_hint, "DUE_ANEW", math.inf)
     plans: list[Plan] = []
     with closing(Store(url)) as store:
         store._connection.add_notice_handler(lambda notice: plans.extend(_plan(notice.message_primary or "")))
@@ -133,7 +135,8 @@ def test_statements_stay_index_scans(url: str, monkeypatch: pytest.MonkeyPatch) 
 
 def test_so_does_the_look_at_what_is_conflated(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It touches sixteen times as many events, by the same indexes, and what it sends once more, by its id."""
-    monkeypatch.setattr(start_hint, "RENEW_EVERY", float("inf"))
+    monkeypatch.setattr(start_hint, "RENEW_EVERY", math.inf)
+    monkeypatch.setattr(start_hint, "DUE_ANEW", math.inf)
     plans: list[Plan] = []
     with closing(Store(url)) as store, store.batch():
         lanes = store.claim(after=0, lanes=LANES).lanes
@@ -155,7 +158,8 @@ def test_due_holds_do_not_multiply_the_walk(
 ) -> None:
     """While a snapshot is held the entries of settled events stay in the index: a claim walks over them once, however
     many lanes have nothing but a due hold."""
-    monkeypatch.setattr(start_hint, "RENEW_EVERY", float("inf"))
+    monkeypatch.setattr(start_hint, "RENEW_EVERY", math.inf)
+    monkeypatch.setattr(start_hint, "DUE_ANEW", math.inf)
     settled = 5_000
     plans: list[Plan] = []
     with database(server_url, migrated_template) as name:
@@ -181,6 +185,37 @@ def test_due_holds_do_not_multiply_the_walk(
     assert lanes == [(lane, True) for lane in range(1, holds + 1)]
     [claim] = plans
     assert settled / 2 < claim.buffers < settled + 10 * holds
+
+
+def test_holds_that_are_tried_again_leave_nothing_to_walk_over(server_url: str, migrated_template: str) -> None:
+    """While a snapshot is held each try leaves an entry in the index of the holds; a claim does not meet them again."""
+    tries, holds = 50, 100
+    plans: list[Plan] = []
+    with database(server_url, migrated_template) as name:
+        url = in_database(server_url, name)
+        with psycopg.connect(url) as snapshot, psycopg.connect(url, autocommit=True) as connection:
+            snapshot.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+            snapshot.execute("SELECT")
+            connection.execute(
+                "INSERT INTO outbox_hold "
+                "(aggregate_type, aggregate_id, lane, due_at, head_id, tries, attempts, first_refused_at, refused_at) "
+                "SELECT 'held', n, n, now() - interval '1 hour', 1, 1, 0, now(), now() FROM generate_series(1, %s) n",
+                (holds,),
+            )
+            for _ in range(tries):
+                connection.execute("UPDATE outbox_hold SET due_at = now() - random() * interval '1 hour'")
+            connection.execute("UPDATE outbox_hold SET due_at = now()")
+            with closing(Store(make_conninfo(url, options=_EXPLAIN))) as store:
+                store._connection.add_notice_handler(lambda notice: plans.extend(_plan(notice.message_primary or "")))
+                assert store.anything_to_do()
+                with store.batch():
+                    lanes = store.claim(after=0, lanes=LANES).lanes
+                    store.read(lanes, events=BATCH, per_lane=1, max_bytes=10_000_000)
+    assert len(lanes) == LANES
+    longest_due, *others = plans
+    assert longest_due.buffers > tries * holds / 2
+    for plan in others:
+        assert plan.buffers < 10 * holds, plan.query
 
 
 def _plan(message: str) -> Iterator[Plan]:

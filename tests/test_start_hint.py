@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any, LiteralString
@@ -11,6 +12,7 @@ import psycopg
 import pytest
 
 from outbox_relay import start_hint
+from outbox_relay.event import boottime
 from outbox_relay.operator import Operator
 from outbox_relay.store import Store
 from tests.conftest import Connect
@@ -52,7 +54,7 @@ def deliver(store: Store) -> list[int]:
 
 def start(store: Store) -> int:
     """Where the next claim starts."""
-    return store._hint.parameters["start"]
+    return int(store._hint.parameters["start"])
 
 
 def look_twice(store: Store) -> None:
@@ -186,6 +188,7 @@ def test_it_is_renewed_less_and_less_often(database_url: str, monkeypatch: pytes
     """In seconds since the first time, where it ends with once in 32."""
     now, asked = 1_000.0, set[float]()
     monkeypatch.setattr(start_hint, "RENEW_EVERY", 32.0)
+    monkeypatch.setattr(start_hint, "DUE_ANEW", math.inf)
     monkeypatch.setattr(start_hint, "boottime", lambda: now)
     with closing(Store(database_url)) as store:
         ask = store._hint._ask
@@ -284,3 +287,59 @@ def test_it_is_void_once_sessions_reserve_ids(store: Store, connect: Connect) ->
     write(connect(), "2")
     look_twice(store)
     assert start(store) == 1
+
+
+def hold(connection: psycopg.Connection[tuple[int]], name: str, ago: str) -> None:
+    connection.execute(
+        "INSERT INTO outbox_hold "
+        "(aggregate_type, aggregate_id, lane, due_at, head_id, tries, attempts, first_refused_at, refused_at) "
+        "VALUES ('order', %s, 7, clock_timestamp() - %s::interval, 1, 1, 0, now(), now()) "
+        "ON CONFLICT (aggregate_type, aggregate_id) DO UPDATE SET due_at = excluded.due_at",
+        (name, ago),
+    )
+
+
+class TestDueHolds:
+    """Those that were due before the longest due one are not looked for again and again."""
+
+    def test_every_one_is_found_while_a_longer_due_one_is_left(self, store: Store, connect: Connect) -> None:
+        """A hold that nobody has tried yet, of a lane that others have, say, stays where the search begins."""
+        writer = connect()
+        hold(writer, "longest", "1 hour")
+        assert store.anything_to_do()
+        hold(writer, "longest", "-1 hour")
+        hold(writer, "other", "59 minutes")
+        assert store.anything_to_do()
+        with store.batch():
+            assert store.claim(after=0, lanes=256).lanes == [(7, True)]
+
+    def test_one_that_is_due_from_now_on_is_found_at_once(self, store: Store, connect: Connect) -> None:
+        """Also where its writer took a while to commit."""
+        writer = connect(autocommit=False)
+        hold(writer, "1", "0")
+        assert not store.anything_to_do()
+        writer.commit()
+        assert store.anything_to_do()
+
+    def test_one_that_was_due_long_before_is_found_later(
+        self, store: Store, connect: Connect, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where a clock was put back, or a hand has written it: it is looked for anew."""
+        now = boottime()
+        monkeypatch.setattr(start_hint, "boottime", lambda: now)
+        assert not store.anything_to_do()
+        hold(connect(), "1", "1 hour")
+        assert not store.anything_to_do()
+        now += start_hint.DUE_ANEW
+        assert not store.anything_to_do()
+        now += 0.1
+        assert store.anything_to_do()
+
+    def test_a_session_that_a_pooler_may_change_looks_for_all(
+        self, database_url: str, connect: Connect, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Store, "_prepare", lambda _self: False)
+        with closing(Store(database_url)) as store:
+            assert not store.anything_to_do()
+            hold(connect(), "1", "1 hour")
+            assert store.anything_to_do()
