@@ -45,25 +45,33 @@ class _Watch:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._keeper: int | None = None
+        self._quiet = False
         self._over = threading.Event()
 
     def keep(self, number: int) -> bool:
-        """Whether this worker keeps watch, from now on where nobody did."""
+        """Whether this worker, which has found nothing, keeps watch, from now on where nobody did."""
         with self._lock:
             if self._keeper is None:
                 self._keeper = number
                 self._over.clear()
+            if self._keeper == number:
+                self._quiet = True
             return self._keeper == number
 
-    def end(self, number: int) -> None:
-        """Call the others, if this worker kept watch."""
+    def found(self, number: int, *, again: bool) -> None:
+        """This worker has found events: who stands by looks too before long, or is called where it is so again."""
         with self._lock:
             if self._keeper == number:
-                self._keeper = None
-                self._over.set()
+                self._quiet = False
+                if again:
+                    self._keeper = None
+                    self._over.set()
 
-    def stand_by(self) -> None:
-        self._over.wait(STAND_BY)
+    def stand_by(self, seconds: float) -> None:
+        """Wait `seconds`, and on while all is quiet, for half a second at most."""
+        until = boottime() + STAND_BY
+        while not self._over.wait(seconds) and self._quiet and boottime() < until:
+            pass
 
     def call(self) -> None:
         self._over.set()
@@ -167,7 +175,7 @@ class Relay:
                         worker = Worker(store, publisher, self._options, self._shared)
                         self._deliver(worker, store, number, chores)
                 except DatabaseUnavailableError as error:
-                    self._watch.end(number)
+                    self._watch.found(number, again=True)
                     progress.alive()
                     failures = failures + 1 if progress.has_database is False else 1
                     progress.has_database = False
@@ -188,6 +196,8 @@ class Relay:
             progress.alive()
             with self._shared.pause.turn(stopping, progress):
                 wanted = not stopping.is_set() and (told or store.anything_to_do())
+                if wanted:
+                    self._watch.found(number, again=hurried)
                 busy = wanted and worker.run_once()
             if progress.has_database is False:
                 log.info("database is back", worker=number)
@@ -195,8 +205,6 @@ class Relay:
             if chores is not None:
                 chores.do(store)
             if busy:
-                if hurried:
-                    self._watch.end(number)
                 told, hurried, idle = False, True, self._options.poll_min
                 continue
             hurried = False
@@ -209,7 +217,7 @@ class Relay:
             elif self._watch.keep(number):
                 told = self._rest(store, idle)
             else:
-                self._watch.stand_by()
+                self._watch.stand_by(idle)
             idle = min(idle * 2, self._options.poll_max)
 
     def _rest(self, store: Store, seconds: float) -> bool:
