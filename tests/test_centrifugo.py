@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
+import httpx
 import pytest
 
 from outbox_relay.centrifugo import Centrifugo as Publisher
@@ -55,6 +57,42 @@ def test_a_key_that_was_refused_is_not_tried_again(
     publisher = connect_to(gateway.url, "refused", new_key=lambda: "refused")
     assert isinstance(publisher.publish(EVENTS), Outage)
     assert len(gateway.requests) == 1
+
+
+def answers_503(exchange: Exchange) -> None:
+    exchange.answer(503)
+
+
+def answers_garbage(exchange: Exchange) -> None:
+    exchange.answer(200, b"<html>")
+
+
+def is_cut_short(exchange: Exchange) -> None:
+    exchange.reset()
+
+
+@pytest.mark.parametrize("fault", [None, answers_503, answers_garbage, is_cut_short])
+def test_no_request_waits_for_the_collector(
+    centrifugo: Centrifugo,
+    connect_to: Callable[..., Publisher],
+    gateway: Gateway,
+    fault: Callable[[Exchange], None] | None,
+) -> None:
+    """A body may be a mebibyte, and the collector comes seldom where there are few objects."""
+    gateway.fault = fault
+    publisher = connect_to(gateway.url, centrifugo.api_key)
+
+    def exchanged() -> int:
+        return sum(type(thing) in {httpx.Request, httpx.Response} for thing in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = exchanged()
+        publisher.publish(EVENTS)
+        assert exchanged() == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("slow", ["side by side", "one after the other"])

@@ -41,7 +41,7 @@ TESTS: Final[dict[str, str]] = {
     "wire": "wire bundles versioned_channels epoch",
     "pace": "pace",
     "versions": "versions",
-    "start_hint": "start_hint",
+    "start_hint": "start_hint plans",
     "centrifugo": "centrifugo wire hostile_server outcomes key_rotation bundles outages",
     "endpoint": "hostile_server centrifugo wire outages",
     "session": "lanes hazards_order start_hint wake_up hazards_database pgbouncer hazards_process",
@@ -50,7 +50,7 @@ TESTS: Final[dict[str, str]] = {
     "shared": "shared versions holds bundles outages outcomes",
     "relay": "batches lanes conflation gaps holds bundles hazards_settling cost_guard versions outages outcomes "
     "versioned_channels",
-    "runner": "batches outages metrics hazards_process",
+    "runner": "watch batches outages metrics hazards_process",
 }
 # Loaded once, then shared by all runs; nothing of the project's own.
 _LOADED_BEFORE: Final = (
