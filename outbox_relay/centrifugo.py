@@ -152,10 +152,13 @@ class Centrifugo:
 
     def _post(self, body: bytes, limit: int) -> tuple[httpx.Response, bytes | None]:
         """The response and, where it is a 200 of at most `limit` bytes, its content."""
-        with self._client.stream("POST", f"{self._api}/batch", content=body) as response:
-            content = _read(response, limit) if response.status_code == 200 else None
-        response.stream = httpx.ByteStream(b"")  # ends a cycle: the request's body would wait for Python's collector
-        return response, content
+        request = self._client.build_request("POST", f"{self._api}/batch", content=body)
+        response = self._client.send(request, stream=True)
+        try:
+            return response, _read(response, limit) if response.status_code == 200 else None
+        finally:
+            response.close()
+            response.stream = httpx.ByteStream(b"")  # ends a cycle: the body would wait for Python's collector
 
     def _renew_key(self) -> bool:
         """Whether there is another key than the one that was refused; it is used from now on."""

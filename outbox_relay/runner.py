@@ -40,26 +40,31 @@ class Ended(enum.Enum):
 
 
 class _Watch:
-    """One idle worker looks out for events and delivers them; the others stand by until there are too many for it."""
+    """One idle worker looks out for events and delivers them; the others stand by until there are too many for it.
 
-    def __init__(self) -> None:
+    Their waits grow to `longest` seconds.
+    """
+
+    def __init__(self, longest: float) -> None:
+        self._longest = longest
         self._lock = threading.Lock()
         self._keeper: int | None = None
         self._quiet = False
+        self._stopped = False
         self._over = threading.Event()
 
     def keep(self, number: int) -> bool:
         """Whether this worker, which has found nothing, keeps watch, from now on where nobody did."""
         with self._lock:
-            if self._keeper is None:
+            if self._keeper is None and not self._stopped:
                 self._keeper = number
                 self._over.clear()
             if self._keeper == number:
                 self._quiet = True
             return self._keeper == number
 
-    def found(self, number: int, *, again: bool) -> None:
-        """This worker has found events: who stands by looks too before long, or is called where it is so again."""
+    def busy(self, number: int, *, again: bool = False) -> None:
+        """This worker does not look out just now: the others do before long, or are called where it is so again."""
         with self._lock:
             if self._keeper == number:
                 self._quiet = False
@@ -68,13 +73,16 @@ class _Watch:
                     self._over.set()
 
     def stand_by(self, seconds: float) -> None:
-        """Wait `seconds`, and on while all is quiet, for half a second at most."""
+        """Wait for `seconds`, and on while all is quiet, for half a second at most."""
         until = boottime() + STAND_BY
-        while not self._over.wait(seconds) and self._quiet and boottime() < until:
-            pass
+        while not self._over.wait(min(seconds, STAND_BY)) and self._quiet and boottime() < until:
+            seconds = min(2 * seconds, self._longest)
 
-    def call(self) -> None:
-        self._over.set()
+    def stop(self) -> None:
+        """Nobody stands by any more."""
+        with self._lock:
+            self._stopped = True
+            self._over.set()
 
 
 class Relay:
@@ -95,7 +103,7 @@ class Relay:
         self._open_publisher = open_publisher
         self._options = options or Options()
         self._shared = Shared(Pause(self._options.pause_min, self._options.pause_max), observer or Unobserved())
-        self._watch = _Watch()
+        self._watch = _Watch(self._options.poll_max)
         self._threads: list[threading.Thread] = []
         self._until_empty = False
         self._ended = Ended.STOPPED
@@ -135,7 +143,7 @@ class Relay:
         Takes a lock: not for a signal handler.
         """
         self._shared.stopping.set()
-        self._watch.call()
+        self._watch.stop()
 
     def join(self) -> Ended:
         """Wait until the workers have ended; after `stop`, at most `stop_timeout` seconds."""
@@ -175,7 +183,7 @@ class Relay:
                         worker = Worker(store, publisher, self._options, self._shared)
                         self._deliver(worker, store, number, chores)
                 except DatabaseUnavailableError as error:
-                    self._watch.found(number, again=True)
+                    self._watch.busy(number, again=True)
                     progress.alive()
                     failures = failures + 1 if progress.has_database is False else 1
                     progress.has_database = False
@@ -197,12 +205,13 @@ class Relay:
             with self._shared.pause.turn(stopping, progress):
                 wanted = not stopping.is_set() and (told or store.anything_to_do())
                 if wanted:
-                    self._watch.found(number, again=hurried)
+                    self._watch.busy(number, again=hurried)
                 busy = wanted and worker.run_once()
             if progress.has_database is False:
                 log.info("database is back", worker=number)
             progress.has_database = True
             if chores is not None:
+                self._watch.busy(number)
                 chores.do(store)
             if busy:
                 told, hurried, idle = False, True, self._options.poll_min

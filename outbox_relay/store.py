@@ -303,8 +303,7 @@ class Store(Upkeep):
                 batch.holds[aggregate_type, aggregate_id] = Hold(*hold)
                 if row[_ID] is not None:
                     batch.events.append(Event._make(row[: len(Event._fields)]))
-        numbers = [lane.lane for lane in lanes]
-        rows = self.execute(pending, lanes=numbers, quota=quota * window, **bounds).fetchall()
+        rows = self.execute(pending, lanes=[lane.lane for lane in lanes], quota=quota * window, **bounds).fetchall()
         self._take(batch, conflation.uncovered(rows, batch.covered) if conflated else rows, quota * window)
         self._window = conflation.next_window(window, len(batch.events), batch.covered.values())
         return batch

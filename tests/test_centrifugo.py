@@ -71,7 +71,12 @@ def is_cut_short(exchange: Exchange) -> None:
     exchange.reset()
 
 
-@pytest.mark.parametrize("fault", [None, answers_503, answers_garbage, is_cut_short])
+def breaks_off(exchange: Exchange) -> None:
+    exchange.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{")
+    exchange.hang_up()
+
+
+@pytest.mark.parametrize("fault", [None, answers_503, answers_garbage, is_cut_short, breaks_off])
 def test_no_request_waits_for_the_collector(
     centrifugo: Centrifugo,
     connect_to: Callable[..., Publisher],

@@ -340,6 +340,7 @@ class TestDueHolds:
     ) -> None:
         monkeypatch.setattr(Store, "_prepare", lambda _self: False)
         with closing(Store(database_url)) as store:
-            assert not store.anything_to_do()
+            with store.batch():
+                assert store.claim(after=0, lanes=256).lanes == []
             hold(connect(), "1", "1 hour")
             assert store.anything_to_do()

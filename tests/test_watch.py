@@ -17,7 +17,7 @@ from outbox_relay.options import Options
 from outbox_relay.runner import Ended, Relay
 from outbox_relay.store import Store
 from tests.conftest import Connect
-from tests.support.waiting import PATIENCE, wait_until
+from tests.support.waiting import PATIENCE, in_background, wait_until
 from tests.support.writing import states, write
 
 EAGER = Options(workers=3, poll_min=0.001, poll_max=0.001, batch_events=1, lanes=1, events_per_lane=1)
@@ -96,8 +96,33 @@ def test_the_watch_outlasts_a_single_event(place: Place, connect: Connect) -> No
         assert place.keeper == keeper
 
 
-def test_many_events_call_the_others(place: Place, connect: Connect) -> None:
-    """Hundreds of batches, of which the one who keeps watch delivers the first ones alone."""
+def test_many_events_call_the_others() -> None:
+    """Who keeps watch has found some twice in a row; once is no reason to."""
+    watch = runner._Watch(3600.0)
+    assert watch.keep(0)
+    assert not watch.keep(1)
+    with in_background(lambda: watch.stand_by(2 * PATIENCE)) as ended:
+        watch.busy(1, again=True)
+        watch.busy(0)
+        assert not watch.keep(1)
+        watch.busy(0, again=True)
+        ended()
+    assert watch.keep(1)
+    assert not watch.keep(0)
+
+
+def test_nobody_stands_by_once_it_is_stopped() -> None:
+    """Whoever comes to rest only after that does not wait either."""
+    watch = runner._Watch(3600.0)
+    watch.stop()
+    watch.keep(0)
+    watch.keep(1)
+    with in_background(lambda: watch.stand_by(2 * PATIENCE)) as ended:
+        ended()
+
+
+def test_the_watch_delivers_and_the_others_too(place: Place, connect: Connect) -> None:
+    """Hundreds of batches: more than one worker takes part."""
     connection = connect()
     with place.relay:
         assert place.keeper
@@ -112,11 +137,11 @@ def test_nobody_waits_for_a_batch_that_takes_long(place: Place, connect: Connect
     """The one who keeps watch is in it, and the others look for themselves."""
     connection = connect()
     with place.relay:
-        keeper = place.keeper
+        assert place.keeper
         place.free.clear()
         try:
             write(connection, "slow", 1, "plain:a")
-            wait_until(lambda: place.published[keeper] == 1, "the slow one is under way")
+            wait_until(lambda: place.published.total() == 1, "the slow one is under way")
             write(connection, "1", 1, "plain:a")
             wait_until(lambda: states(connection) == {"delivered": 1, "pending": 1}, "the other one is delivered")
         finally:
@@ -128,7 +153,7 @@ def test_another_one_keeps_watch_where_the_database_is_lost(place: Place, connec
     connection = connect()
     with place.relay:
         place.banned = lost = place.keeper
-        connection.execute("SELECT pg_terminate_backend(%s, 10_000)", (place.pids[lost],))
+        connection.execute("SELECT pg_terminate_backend(%s, 10000)", (place.pids[lost],))
         write(connection, "1", 1, "plain:a")
         wait_until(lambda: states(connection) == {"delivered": 1}, "it is delivered")
         assert place.keeper != lost
