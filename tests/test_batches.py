@@ -177,6 +177,7 @@ def test_the_next_head_starts_anew(connect: Connect, database_url: str, gateway:
         for _ in range(3):
             steps.step()
         assert steps.states("1") == ["parked"] * 3
+        connection.execute("UPDATE outbox_hold SET alone = true")
         gateway.fault = None
         steps.make_due()
         steps.step()

@@ -6,10 +6,11 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
+from outbox_relay import outcome
 from outbox_relay.embedded.centrifugo import DEFAULT_CONFIG, Centrifugo
 from outbox_relay.options import Options
 from outbox_relay.outcome import Policy
@@ -279,3 +280,27 @@ def test_a_hold_of_nothing_ends(connect: Connect, run_relay: RunRelay) -> None:
     )
     assert run_relay() is Ended.EMPTY
     assert connection.execute("SELECT count(*) FROM outbox_hold").fetchall() == [(0,)]
+
+
+def test_what_a_hold_keeps_of_its_head(connect: Connect, database_url: str) -> None:
+    """Since when it is refused, while the head is the same one; all else is that of the last refusal."""
+    connection = connect()
+    write(connection, "1", 1, "plain:a")
+
+    def refused(held: outcome.Held) -> tuple[Any, ...]:
+        with closing(Store(database_url)) as store, store.batch():
+            lanes = store.claim(after=0, lanes=1).lanes
+            batch = store.read(lanes, events=10, per_lane=10, max_bytes=10_000)
+            store.settle([], [outcome.Settlement(batch.events[0], held, ())], batch.holds)
+        row: tuple[Any, ...] = connection.execute(
+            "SELECT first_refused_at, refused_at, tries, attempts, alone, error FROM outbox_hold"
+        ).fetchall()[0]
+        return row
+
+    first, at_first, *counts = refused(outcome.Held(1, 0, 0.0, "busy"))
+    assert first == at_first
+    assert counts == [1, 0, False, "busy"]
+    since, at, *counts = refused(outcome.Held(2, 1, 0.0, "bad", alone=True))
+    assert since == first
+    assert at > at_first
+    assert counts == [2, 1, True, "bad"]

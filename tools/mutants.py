@@ -46,11 +46,11 @@ TESTS: Final[dict[str, str]] = {
     "endpoint": "hostile_server centrifugo wire outages",
     "session": "lanes hazards_order start_hint wake_up hazards_database pgbouncer hazards_process",
     "store": "batches lanes conflation gaps holds hazards_order hazards_settling start_hint plans retention outcomes "
-    "hazards_database",
+    "hazards_database poison",
     "shared": "shared versions holds bundles outages outcomes",
     "relay": "batches lanes conflation gaps holds bundles hazards_settling cost_guard versions outages outcomes "
     "versioned_channels",
-    "runner": "watch batches outages metrics hazards_process",
+    "runner": "watch batches outages hazards_process",
 }
 # Loaded once, then shared by all runs; nothing of the project's own.
 _LOADED_BEFORE: Final = (
