@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 
@@ -165,6 +166,47 @@ def test_what_crowds_a_lane_is_parked_at_once(
         steps.step()
         assert steps.states(held) == ["parked"] * 5
         assert steps.states(free) == ["pending"]
+
+
+def test_what_expires_on_hold_keeps_the_reason_why_it_was(
+    connect: Connect, database_url: str, gateway: Gateway, publisher: Publisher
+) -> None:
+    connection = connect()
+    gateway.fault = refuse(102, lambda _: True)
+    with Stepper(database_url, publisher, Options(policy=replace(PATIENT, gap=False))) as steps:
+        write(connection, "1", 1, "plain:a")
+        steps.step()
+        [(reason,)] = connection.execute("SELECT error FROM outbox").fetchall()
+        assert "102" in reason
+        connection.execute("UPDATE outbox SET expires_at = clock_timestamp()")
+        steps.make_due()
+        steps.step()
+    assert connection.execute("SELECT state::text, error FROM outbox").fetchall() == [("expired", reason)]
+
+
+def test_nothing_of_a_lane_that_others_have_is_parked(
+    connect: Connect, database_url: str, gateway: Gateway, publisher: Publisher
+) -> None:
+    """Where another lane is crowded with what is on hold: the fence of an event is its own lane."""
+    connection = connect()
+    gateway.fault = refuse(102, lambda _: True)
+    [(held, _), (elsewhere, lane)] = connection.execute(
+        "SELECT DISTINCT ON (lane) n::text, lane FROM ("
+        "SELECT n, hashtextextended('order/' || n, 0) & 255 AS lane FROM generate_series(1, 20) n) AS x LIMIT 2"
+    ).fetchall()
+    with Stepper(database_url, publisher, Options(events_per_lane=1, lanes=1, policy=PATIENT)) as steps:
+        for name in (held, elsewhere):
+            write(connection, name, 1, "plain:a")
+            steps.step()
+        assert [steps.states(name) for name in (held, elsewhere)] == [["parked"]] * 2
+        for version in range(2, 6):
+            write(connection, held, version, "plain:a")
+            write(connection, elsewhere, version, "plain:a")
+        with connect(autocommit=False) as other:
+            other.execute("SELECT FROM outbox_lane WHERE lane = %s FOR UPDATE", (lane,))
+            steps.step()
+            assert steps.states(held) == ["parked"] * 5
+            assert steps.states(elsewhere) == ["parked"] + ["pending"] * 4
 
 
 def test_the_next_head_starts_anew(connect: Connect, database_url: str, gateway: Gateway, publisher: Publisher) -> None:
