@@ -152,65 +152,70 @@ def test_so_does_the_look_at_what_is_conflated(url: str, monkeypatch: pytest.Mon
     assert read.buffers <= 3 * looked_at + 5 * len(batch.events)
 
 
+class Place(NamedTuple):
+    """A database of one test, whose sessions at `url` are explained, and a connection to it."""
+
+    url: str
+    connection: psycopg.Connection[tuple[Any, ...]]
+
+    def hold(self, aggregates: int) -> None:
+        """Put so many aggregates on hold, each in a lane of its own, that are due now."""
+        self.connection.execute(
+            "INSERT INTO outbox_hold "
+            "(aggregate_type, aggregate_id, lane, due_at, head_id, tries, attempts, first_refused_at, refused_at) "
+            "SELECT 'held', n, n, now(), 1, 1, 0, now(), now() FROM generate_series(1, %s) n",
+            (aggregates,),
+        )
+
+
+@pytest.fixture
+def under_snapshot(server_url: str, migrated_template: str) -> Iterator[Place]:
+    """An empty outbox, of which somebody holds a snapshot."""
+    with database(server_url, migrated_template) as name:
+        url = in_database(server_url, name)
+        with psycopg.connect(url) as snapshot, psycopg.connect(url, autocommit=True) as connection:
+            snapshot.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+            snapshot.execute("SELECT")
+            yield Place(make_conninfo(url, options=_EXPLAIN), connection)
+
+
 @pytest.mark.parametrize("holds", [1, LANES])
-def test_due_holds_do_not_multiply_the_walk(
-    holds: int, server_url: str, migrated_template: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_due_holds_do_not_multiply_the_walk(holds: int, under_snapshot: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a snapshot is held the entries of settled events stay in the index: a claim walks over them once, however
     many lanes have nothing but a due hold."""
     monkeypatch.setattr(start_hint, "RENEW_EVERY", math.inf)
     monkeypatch.setattr(start_hint, "DUE_ANEW", math.inf)
     settled = 5_000
+    under_snapshot.connection.execute(
+        "INSERT INTO outbox (aggregate_type, aggregate_id, version, channels, payload) "
+        "SELECT 'order', n, 1, '{hist:1}', '{}' FROM generate_series(1, %s) n",
+        (settled,),
+    )
+    under_snapshot.connection.execute("UPDATE outbox SET state = 'delivered', settled_at = now()")
+    under_snapshot.hold(holds)
     plans: list[Plan] = []
-    with database(server_url, migrated_template) as name:
-        url = in_database(server_url, name)
-        with psycopg.connect(url) as snapshot, psycopg.connect(url, autocommit=True) as connection:
-            snapshot.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
-            snapshot.execute("SELECT")
-            connection.execute(
-                "INSERT INTO outbox (aggregate_type, aggregate_id, version, channels, payload) "
-                "SELECT 'order', n, 1, '{hist:1}', '{}' FROM generate_series(1, %s) n",
-                (settled,),
-            )
-            connection.execute("UPDATE outbox SET state = 'delivered', settled_at = now()")
-            connection.execute(
-                "INSERT INTO outbox_hold "
-                "(aggregate_type, aggregate_id, lane, due_at, head_id, tries, attempts, first_refused_at, refused_at) "
-                "SELECT 'held', n, n, now(), 1, 1, 0, now(), now() FROM generate_series(1, %s) n",
-                (holds,),
-            )
-            with closing(Store(make_conninfo(url, options=_EXPLAIN))) as store, store.batch():
-                store._connection.add_notice_handler(lambda notice: plans.extend(_plan(notice.message_primary or "")))
-                lanes = store.claim(after=255, lanes=LANES).lanes
+    with closing(Store(under_snapshot.url)) as store, store.batch():
+        store._connection.add_notice_handler(lambda notice: plans.extend(_plan(notice.message_primary or "")))
+        lanes = store.claim(after=255, lanes=LANES).lanes
     assert lanes == [(lane, True) for lane in range(1, holds + 1)]
     [claim] = plans
     assert settled / 2 < claim.buffers < settled + 10 * holds
 
 
-def test_holds_that_are_tried_again_leave_nothing_to_walk_over(server_url: str, migrated_template: str) -> None:
+def test_holds_that_are_tried_again_leave_nothing_to_walk_over(under_snapshot: Place) -> None:
     """While a snapshot is held each try leaves an entry in the index of the holds; a claim does not meet them again."""
     tries, holds = 50, 100
+    under_snapshot.hold(holds)
+    for _ in range(tries):
+        under_snapshot.connection.execute("UPDATE outbox_hold SET due_at = now() - random() * interval '1 hour'")
+    under_snapshot.connection.execute("UPDATE outbox_hold SET due_at = now()")
     plans: list[Plan] = []
-    with database(server_url, migrated_template) as name:
-        url = in_database(server_url, name)
-        with psycopg.connect(url) as snapshot, psycopg.connect(url, autocommit=True) as connection:
-            snapshot.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
-            snapshot.execute("SELECT")
-            connection.execute(
-                "INSERT INTO outbox_hold "
-                "(aggregate_type, aggregate_id, lane, due_at, head_id, tries, attempts, first_refused_at, refused_at) "
-                "SELECT 'held', n, n, now() - interval '1 hour', 1, 1, 0, now(), now() FROM generate_series(1, %s) n",
-                (holds,),
-            )
-            for _ in range(tries):
-                connection.execute("UPDATE outbox_hold SET due_at = now() - random() * interval '1 hour'")
-            connection.execute("UPDATE outbox_hold SET due_at = now()")
-            with closing(Store(make_conninfo(url, options=_EXPLAIN))) as store:
-                store._connection.add_notice_handler(lambda notice: plans.extend(_plan(notice.message_primary or "")))
-                assert store.anything_to_do()
-                with store.batch():
-                    lanes = store.claim(after=0, lanes=LANES).lanes
-                    store.read(lanes, events=BATCH, per_lane=1, max_bytes=10_000_000)
+    with closing(Store(under_snapshot.url)) as store:
+        store._connection.add_notice_handler(lambda notice: plans.extend(_plan(notice.message_primary or "")))
+        assert store.anything_to_do()
+        with store.batch():
+            lanes = store.claim(after=0, lanes=LANES).lanes
+            store.read(lanes, events=BATCH, per_lane=1, max_bytes=10_000_000)
     assert len(lanes) == LANES
     longest_due, *others = plans
     assert longest_due.buffers > tries * holds / 2
