@@ -39,7 +39,7 @@ class Mode:
 
 
 QUICK = Mode("quick", 1, 0.1)
-SHORT = Mode("short", 3, 0.4)
+SHORT = Mode("short", 2, 0.25)
 FULL = Mode("full", 5, 1.0)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -44,7 +45,8 @@ class Conflation:
         newest = Newest(OBJECTS, mode.scaled(EVENTS // OBJECTS))
         for engine, rivals in RIVALS.items():
             place = (engine, postgres, redis if engine == "redis" else None, binary, newest)
-            yield [*_ours(*place), *(_rival(*place, side=side) for side in rivals)]
+            rows = [*_ours(*place), *(_rival(*place, side=side) for side in rivals)]
+            yield [replace(row, repetitions=min(REPETITIONS, mode.repetitions)) for row in rows]
 
 
 def _ours(engine: stage.Engine, postgres: Postgres, redis: Redis | None, binary: Path, newest: Newest) -> Iterator[Row]:
@@ -67,7 +69,6 @@ def _ours(engine: stage.Engine, postgres: Postgres, redis: Redis | None, binary:
                 newest=newest,
             ),
             {**relay_settings(settings), "events": events, "objects": newest.objects},
-            repetitions=REPETITIONS,
         )
 
 
@@ -98,7 +99,6 @@ def _rival(
             newest=newest,
         ),
         {**consumer.settings, "events": events, "objects": newest.objects},
-        repetitions=REPETITIONS,
     )
 
 
