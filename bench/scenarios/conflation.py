@@ -23,7 +23,7 @@ from tests.support.redis import Redis
 
 OBJECTS: Final = 1_000
 EVENTS: Final = 1_000_000
-REPETITIONS: Final = 3
+REPETITIONS: Final = {"full": 3, "short": 1, "quick": 1}
 SETTINGS: Final[Mapping[str, object]] = {"types": {"order": {"conflate": True}}}
 SIDES: Final[Mapping[str, Mapping[str, object]]] = {"us": SETTINGS, "us-keep0": {**SETTINGS, "keep": 0}}
 RIVALS: Final[Mapping[stage.Engine, tuple[str, ...]]] = {
@@ -46,7 +46,7 @@ class Conflation:
         for engine, rivals in RIVALS.items():
             place = (engine, postgres, redis if engine == "redis" else None, binary, newest)
             rows = [*_ours(*place), *(_rival(*place, side=side) for side in rivals)]
-            yield [replace(row, repetitions=min(REPETITIONS, mode.repetitions)) for row in rows]
+            yield [replace(row, repetitions=REPETITIONS[mode.name]) for row in rows]
 
 
 def _ours(engine: stage.Engine, postgres: Postgres, redis: Redis | None, binary: Path, newest: Newest) -> Iterator[Row]:

@@ -129,8 +129,6 @@ class Group:
     clients: int
     work: int
     seconds: int
-    quick: bool = False
-    """Whether the quick form has it, too."""
     repetitions: int = 1
     """As a factor on the mode's: many short ones are less at the mercy of a disk whose fsync is slow for seconds."""
 
@@ -138,8 +136,8 @@ class Group:
 GROUPS: Final = (
     Group("1", clients=1, work=0, seconds=2),
     Group("4", clients=4, work=0, seconds=2),
-    Group("8", clients=8, work=0, seconds=2, quick=True, repetitions=2),
-    Group("16-work", clients=16, work=3, seconds=3, quick=True),
+    Group("8", clients=8, work=0, seconds=2, repetitions=2),
+    Group("16-work", clients=16, work=3, seconds=3),
     Group("64-work", clients=64, work=3, seconds=3),
 )
 READ: Final = Group("8-read", clients=8, work=0, seconds=3)
@@ -158,8 +156,7 @@ class Writers:
         template = stage.template(server, "writers", lambda url: business.make(url, BUSINESS_ROWS, binary))
         bed = _Bed(server, server.url(template), binary)
         for group in GROUPS:
-            if group.quick or mode.name != "quick":
-                yield [bed.row(group, side, mode) for side in SIDES]
+            yield [bed.row(group, side, mode) for side in SIDES]
         yield [bed.row(READ, side, mode, reader) for side, reader in bed.readers().items()]
 
 
