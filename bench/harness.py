@@ -71,7 +71,7 @@ QUICK = Mode(
         "hot/*keep0",
         "conflation/memory/*",
         "conflation/*/us",
-        "conflation/*/centrifugo-8",
+        "conflation/*/centrifugo-*",
         "idle/large/*",
         "idle/*-poll",
         "scale/5ms/us-4",
