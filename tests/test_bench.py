@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import json
 import re
 import socket
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from bench import harness, load, report, witness
 from bench.charts import number
-from bench.harness import FULL, QUICK, Mode, Result, Row, Sample, WrongRunError
+from bench.harness import FULL, QUICK, SHORT, Mode, Result, Row, Sample, WrongRunError
 from bench.ratios import RATIOS, Of, Ratio, judged
 from bench.report_text import NOTES
 from outbox_relay.embedded.centrifugo import Centrifugo
@@ -298,6 +299,27 @@ def test_a_pattern_chooses_rows() -> None:
     scenario = Scripted({key: [1] for key in ("x/a", "x/b", "y/a")}, [["x/a", "x/b"], ["y/a"]])
     assert [result.key for result in harness.measure(scenario, QUICK, "x/*", quiet)] == ["x/a", "x/b"]
     assert scenario.diary == ["x/a", "x/b"]
+
+
+def test_a_form_leaves_out_rows() -> None:
+    scenario = Scripted({key: [1] for key in ("x/a", "x/b", "y/a")}, [["x/a", "x/b"], ["y/a"]])
+    mode = dataclasses.replace(QUICK, left_out=("*/a",))
+    assert [result.key for result in harness.measure(scenario, mode, say=quiet)] == ["x/b"]
+    assert harness.measure(scenario, mode, "y/*", quiet) == []
+    assert scenario.diary == ["x/b"]
+
+
+@pytest.mark.parametrize("mode", [QUICK, SHORT, FULL], ids=lambda mode: mode.name)
+def test_what_a_form_leaves_out_is_there_in_the_full_one(mode: Mode) -> None:
+    """A row under another name would be measured after all. Something of every scenario is left."""
+    keys = [
+        row["key"]
+        for path in (report.DOCUMENT.with_suffix("") / "raw").glob("*.json")
+        for row in json.loads(path.read_text())["rows"]
+    ]
+    assert {key.partition("/")[0] for key in keys if mode.has(key)} == set(report.ORDER)
+    for pattern in mode.left_out:
+        assert fnmatch.filter(keys, pattern), pattern
 
 
 def test_a_wrong_run_has_no_result() -> None:
