@@ -298,7 +298,7 @@ def test_what_a_hold_keeps_of_its_head(connect: Connect, database_url: str) -> N
         return row
 
     first, at_first, *counts = refused(outcome.Held(1, 0, 0.0, "busy"))
-    assert first == at_first
+    assert first <= at_first  # the clock is read for each
     assert counts == [1, 0, False, "busy"]
     since, at, *counts = refused(outcome.Held(2, 1, 0.0, "bad", alone=True))
     assert since == first
