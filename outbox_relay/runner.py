@@ -25,6 +25,8 @@ log = get_logger()
 SLEEP_AT_MOST: Final = 0.5
 OTHERS_AT_IT: Final = 0.01
 """Seconds, at most, until a worker looks for another lane while others have all those with work."""
+ALONE: Final = 0.01
+"""Seconds in which a worker on watch delivers a batch without calling the others: they would only take its events."""
 STAND_BY: Final = 0.5
 """Seconds, at most, until a worker looks for events though another one keeps watch."""
 
@@ -198,30 +200,34 @@ class Relay:
     def _deliver(self, worker: Worker, store: Store, number: int, chores: Chores | None) -> None:
         """Batches at once while there is work, growing waits while there is none, until asked to stop."""
         stopping, progress = self._shared.stopping, self._shared.progress[number]
-        told = hurried = False
+        told = again = slow = False
         idle = self._options.poll_min
         while not stopping.is_set():
             progress.alive()
             with self._shared.pause.turn(stopping, progress):
-                wanted = not stopping.is_set() and (told or store.anything_to_do())
+                # Where there was work there may be more: a claim finds out as fast as the question does.
+                unasked = told or again
+                wanted = not stopping.is_set() and (unasked or store.anything_to_do())
                 if wanted:
-                    self._watch.busy(number, again=hurried)
-                busy = wanted and worker.run_once()
+                    self._watch.busy(number, again=slow)
+                started = boottime()
+                again = wanted and worker.run_once()
+                slow = again and boottime() - started > ALONE
             if progress.has_database is False:
                 log.info("database is back", worker=number)
             progress.has_database = True
             if chores is not None:
                 self._watch.busy(number)
                 chores.do(store)
-            if busy:
-                told, hurried, idle = False, True, self._options.poll_min
+            told = False
+            if again:
+                idle = self._options.poll_min
+            if again or unasked:
                 continue
-            hurried = False
             if self._until_empty and self._finished(store):
                 return
             if wanted:
                 # Others have the lanes. Nobody is told when they are free, and to fall asleep would only wake us again.
-                told = False
                 stopping.wait(min(idle, OTHERS_AT_IT))
             elif self._watch.keep(number):
                 told = self._rest(store, idle)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import select
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, LiteralString
+from typing import Any, Final, LiteralString, NamedTuple
 
 import psycopg
 from psycopg import sql
@@ -60,6 +61,9 @@ class Session:
             name: sql.SQL(sql.Identifier(schema, name).as_string().replace("%", "%%")) for name in _NAMES
         } | {"lane": sql.SQL(LANE)}
         self._sql: dict[str, bytes] = {}
+        self._waiting: list[LiteralString] = []
+        self._prepared: dict[LiteralString, _Prepared] = {}
+        self._ever_prepared = 0
 
     def close(self) -> None:
         self._connection.close()
@@ -90,18 +94,21 @@ class Session:
 
     @contextmanager
     def batch(self) -> Iterator[None]:
-        """One transaction. Committed at the end, rolled back when anything is raised.
+        """One transaction. Committed at the end, if it was not before, rolled back when anything is raised.
 
         Raises `DatabaseUnavailableError` for whatever the database or the connection has against it.
         """
         try:
-            self.execute_raw(self._begin + self.wake_up.get_up() if self.wake_up else self._begin)
+            self.send_with_next(self._begin + self.wake_up.get_up() if self.wake_up else self._begin)
             try:
                 yield
             except BaseException:
+                self._prepared.clear()
                 if not self._connection.closed:
                     self._connection.rollback()
                 raise
+            finally:
+                self._waiting.clear()
             self._asked_at = boottime()
             self._connection.commit()
         except psycopg.Error as error:
@@ -126,6 +133,8 @@ class Session:
         return rows[0]
 
     def execute(self, query: LiteralString, **parameters: Any) -> psycopg.Cursor[Any]:
+        if self._waiting:
+            self.execute_raw("")
         text = self._sql.get(query)
         if text is None:
             text = self._sql[query] = sql.SQL(query).format(**self._names).as_bytes(self._connection)
@@ -134,10 +143,55 @@ class Session:
         self._asked_at = asked_at
         return cursor
 
-    def execute_raw(self, query: LiteralString) -> None:
+    def execute_raw(self, query: LiteralString) -> psycopg.Cursor[Any]:
+        """Statements as they are, after those that wait; the last one's result."""
+        text = "; ".join([*self._waiting, query])
+        self._waiting.clear()
         asked_at = boottime()
-        self._connection.execute(query, prepare=False)
+        cursor = self._connection.execute(text, prepare=False)
         self._asked_at = asked_at
+        while cursor.nextset():
+            pass
+        return cursor
+
+    def send_with_next(self, query: LiteralString) -> None:
+        """Let a statement without parameters or result wait, and travel with the next one."""
+        self._waiting.append(query)
+
+    def execute_with_waiting(
+        self, query: LiteralString, numbers: Mapping[str, float | str], *, last: bool = False
+    ) -> psycopg.Cursor[Any]:
+        """As `execute`, in one message with the statements that wait, and with the COMMIT after the batch's `last` one.
+
+        The database runs them one by one, each with a snapshot of its own, and none after one that fails. The types of
+        the `numbers`, or arrays of them as `bigints` writes them, must follow from the statement, which has a result
+        only where it is not the last. Behind a pooler, where nothing can be prepared, all travel by themselves.
+        """
+        if not self.direct or not self._waiting:
+            return self.execute(query, **numbers)
+        prepared = self._prepared.get(query) or self._prepare_by_name(query, numbers)
+        arguments = ", ".join([f"'{numbers[name]}'" for name in prepared.parameters])
+        commit = "; COMMIT" if last else ""
+        return self.execute_raw(f"EXECUTE {prepared.name}({arguments}){commit}")
+
+    def _prepare_by_name(self, query: LiteralString, numbers: Mapping[str, float | str]) -> _Prepared:
+        self._ever_prepared += 1
+        prepared = _Prepared(f"outbox_relay_{self._ever_prepared}", tuple(numbers))
+        placeholders = {name: sql.SQL(f"${n}") for n, name in enumerate(numbers, 1)}
+        fields = sql.SQL(re.sub(r"%\((\w+)\)s", r"{\1}", query))
+        text = fields.format(**self._names, **placeholders).as_string().replace("%%", "%")
+        self._connection.execute(f"PREPARE {prepared.name} AS {text}".encode(), prepare=False)
+        self._prepared[query] = prepared
+        return prepared
+
+    def roll_back_to(self, savepoint: LiteralString) -> None:
+        self.execute_raw(f"ROLLBACK TO SAVEPOINT {savepoint}")
+        self._prepared.clear()  # psycopg deallocates all that is prepared, ours with its own
+
+
+class _Prepared(NamedTuple):
+    name: str
+    parameters: tuple[str, ...]
 
 
 def bigints(ids: Sequence[int]) -> str:

@@ -30,7 +30,7 @@ A new session walks over everything, so its first renewals follow each other fas
 """
 
 GENERATION: Final = "(SELECT last_value + is_called::int FROM {outbox_generation})"
-START: Final = f"CASE WHEN {GENERATION} = %(generation)s THEN %(start)s ELSE 0 END"
+START: Final = f"CASE WHEN {GENERATION} = %(generation)s THEN %(start)s::bigint ELSE 0 END"
 """Where to start, in any statement with the hint's `parameters`."""
 
 DUE_ANEW: Final = 5.0

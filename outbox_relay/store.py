@@ -269,7 +269,8 @@ class Store(Upkeep):
         The lock is a statement of its own: what it waited for is seen by the next statement's fresh snapshot.
         """
         self._hint.renew()
-        rows = self.execute(_CLAIM, after=after, limit=lanes, holds=DUE_HOLDS, **self._hint.parameters).fetchall()
+        bounds: dict[str, float | str] = {"after": after, "limit": lanes, "holds": DUE_HOLDS, **self._hint.parameters}
+        rows = self.execute_with_waiting(_CLAIM, bounds).fetchall()
         clock = Clock(rows[0][2] if rows else 0.0, boottime())
         return Claim([Lane(lane, due) for lane, due, _ in rows], clock)
 
@@ -333,7 +334,7 @@ class Store(Upkeep):
         """Write the outcome that these events would have if all are delivered, and take it back."""
         self.execute_raw("SAVEPOINT rehearsal")
         self.execute(self._delivered, ids=bigints(ids))
-        self.execute_raw("ROLLBACK TO SAVEPOINT rehearsal")
+        self.roll_back_to("rehearsal")
 
     def settle(
         self,
@@ -349,7 +350,7 @@ class Store(Upkeep):
         """
         left = SETTLE_TRIES
         while True:
-            self.execute_raw("SAVEPOINT settle")
+            self.send_with_next("SAVEPOINT settle")
             try:
                 # First: a hold ends when nothing of its aggregate is parked any more.
                 ended = conflation.settle(self.execute, self._superseded, stood_for)
@@ -358,7 +359,7 @@ class Store(Upkeep):
                 left -= 1
                 if not left:
                     raise
-                self.execute_raw("ROLLBACK TO SAVEPOINT settle")
+                self.roll_back_to("settle")
             else:
                 return ended
 
@@ -366,7 +367,7 @@ class Store(Upkeep):
         self, delivered: Sequence[int], refused: Sequence[Settlement], holds: Mapping[tuple[str, str], Hold]
     ) -> None:
         if delivered:
-            self.execute(self._delivered, ids=bigints(delivered))
+            self.execute_with_waiting(self._delivered, {"ids": bigints(delivered)}, last=not refused and not holds)
         superseded = [s.event.id for s in refused if s.outcome is SUPERSEDED]
         if superseded:
             self.execute(self._superseded, ids=bigints(superseded))

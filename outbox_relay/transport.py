@@ -46,7 +46,7 @@ class DeadlineTransport(httpx.BaseTransport):
         self._deadline = deadline
         self._verify = verify
         self._tls: ssl.SSLContext | None = None  # some megabytes, so not where nobody needs it
-        self._connection: http.client.HTTPConnection | None = None
+        self._connection: _Socket | None = None
         self._used_at = 0.0
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
@@ -54,10 +54,11 @@ class DeadlineTransport(httpx.BaseTransport):
         connection = self._connected(request.url)
         try:
             with _errors(httpx.WriteTimeout, httpx.WriteError):
-                target, headers = request.url.raw_path.decode(), dict(request.headers)
-                connection.request(request.method, target, request.content, headers)
+                connection.sendall(_head(request) + request.content[:_CHUNK])
+                connection.sendall(request.content[_CHUNK:])
             with _errors(httpx.ReadTimeout, httpx.ReadError):
-                response = connection.getresponse()
+                response = http.client.HTTPResponse(connection, method=request.method)  # type: ignore[arg-type]
+                response.begin()
         except BaseException:
             self.close()
             raise
@@ -77,11 +78,10 @@ class DeadlineTransport(httpx.BaseTransport):
         """
         self._used_at = boottime()
 
-    def _connected(self, url: httpx.URL) -> http.client.HTTPConnection:
+    def _connected(self, url: httpx.URL) -> _Socket:
         """The connection, a new one where the old one may have been given up by the server."""
         if self._connection is not None:
-            old: Any = self._connection.sock
-            if old is not None and boottime() - self._used_at < _KEEP_ALIVE and not old.readable():
+            if boottime() - self._used_at < _KEEP_ALIVE and not self._connection.readable():
                 return self._connection
             self.close()
         with _errors(httpx.ConnectTimeout, httpx.ConnectError):
@@ -97,14 +97,20 @@ class DeadlineTransport(httpx.BaseTransport):
             except BaseException:
                 plain.close()
                 raise
-        connection = http.client.HTTPConnection(host, port)
-        connection.sock = _Socket(wrapped, self._deadline)
-        self._connection = connection
-        return connection
+        self._connection = _Socket(wrapped, self._deadline)
+        return self._connection
+
+
+def _head(request: httpx.Request) -> bytes:
+    """A request up to its content. Raises ValueError where a header would be two."""
+    headers = b"".join([b"%b: %b\r\n" % header for header in request.headers.raw])
+    if headers.count(b"\n") != len(request.headers):
+        raise ValueError("a header with a line break")
+    return b"%b %b HTTP/1.1\r\n%b\r\n" % (request.method.encode(), request.url.raw_path, headers)
 
 
 class _Socket:
-    """What `http.client` needs of a socket, each call within what is left of the deadline."""
+    """What `http.client` needs of a socket, and what a request does, each call within what is left of the deadline."""
 
     def __init__(self, inner: socket.socket, deadline: Deadline) -> None:
         self._inner = inner
@@ -160,7 +166,7 @@ class _Body(httpx.SyncByteStream):
                 raise http.client.IncompleteRead(b"", self._response.length)
 
     def close(self) -> None:
-        if self._response.isclosed() and not self._response.length:
+        if self._response.isclosed() and not self._response.length and not self._response.will_close:
             self._transport.answered()
         else:
             self._transport.close()

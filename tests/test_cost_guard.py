@@ -46,7 +46,7 @@ BOUNDS: Final = {
     "WAL bytes, insert, per event": 632,  # 550.0
     "WAL bytes, settle, per event": 484,  # 421.4
     "WAL bytes, settle with keep = 0, per event": 80,  # 69.3
-    "statements per batch": 9.0,  # 8.17, a look before it included; one more would be 9.17
+    "messages per batch": 5.0,  # 4.50, of which the session's first ones are 1.5; one more would be 5.50
     "requests per 1,000 events": 1.4,  # 1.20
     "function calls per event": 42,  # 36.6
 }
@@ -157,18 +157,18 @@ def deliver(
 
 
 class Trace(NamedTuple):
-    """What PostgreSQL said of a session: the statements it was sent, and the buffers that each kind took."""
+    """What PostgreSQL said of a session: the messages it was sent, and the buffers that each kind of statement took."""
 
-    statements: list[str]
+    messages: list[str]
     buffers: dict[str, int]
 
     def hear(self, message: str) -> None:
         if sent := re.match(r"(?:statement|execute [^:]*): (.*)", message, re.DOTALL):
-            self.statements.append(sent[1])
+            self.messages.append(sent[1])
         _, planned, text = message.partition("plan:\n")
         if planned:
             plan: dict[str, Any] = json.loads(text)
-            verb = plan["Query Text"].split(None, 1)[0]
+            verb = re.sub("^PREPARE .* AS", "", plan["Query Text"]).split(None, 1)[0]
             kind = "claim" if verb == "SELECT" else "settle"
             self.buffers[kind] += plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"]
 
@@ -192,7 +192,7 @@ def test_what_the_database_does(url: str, centrifugo: Centrifugo) -> None:
         {
             "buffers, claim, per event": trace.buffers["claim"] / EVENTS,
             f"buffers, {settle}, per event": trace.buffers["settle"] / EVENTS,
-            "statements per batch": len(trace.statements) / batches,
+            "messages per batch": len(trace.messages) / batches,
         }
     )
 

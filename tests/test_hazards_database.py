@@ -127,14 +127,14 @@ def test_hazard_7_a_deadlock_while_settling_repeats_only_the_settling(
     # A relay that repeats at once may lock 1 before somebody has woken up who waits for it: the same deadlock anew,
     # until its tries are used up.
     gave_way = threading.Event()
-    execute_raw = Store.execute_raw
+    roll_back_to = Store.roll_back_to
 
-    def give_way(store: Store, query: LiteralString) -> None:
-        execute_raw(store, query)
-        if query == "ROLLBACK TO SAVEPOINT settle":
+    def give_way(store: Store, savepoint: LiteralString) -> None:
+        roll_back_to(store, savepoint)
+        if savepoint == "settle":
             assert gave_way.wait(PATIENCE)
 
-    monkeypatch.setattr(Store, "execute_raw", give_way)
+    monkeypatch.setattr(Store, "roll_back_to", give_way)
     # Who waits last looks for the deadlock, and the relay looks early.
     set_deadlock_timeout = sql.SQL("ALTER DATABASE {} SET deadlock_timeout = '20ms'")
     connection.execute(set_deadlock_timeout.format(sql.Identifier(connection.info.dbname)))

@@ -59,7 +59,7 @@ def test_hazard_14_the_outcome_of_a_commit_is_unknown(
 
     def committing() -> list[int]:
         rows = connection.execute(
-            "SELECT pid FROM pg_stat_activity WHERE wait_event = 'advisory' AND query = 'COMMIT' "
+            "SELECT pid FROM pg_stat_activity WHERE wait_event = 'advisory' AND query LIKE '%COMMIT' "
             "AND datname = current_database()"
         )
         return [pid for (pid,) in rows]

@@ -72,7 +72,7 @@ def test_writers_notify_only_while_a_relay_sleeps(store: Store, connect: Connect
     write(writer, "1", 2, "plain:a")
     assert notified(listener) == 1
     with store.batch():
-        pass
+        store.claim(after=0, lanes=1)
     write(writer, "1", 3, "plain:a")
     assert notified(listener) == 0
 

@@ -21,10 +21,12 @@ from typing import Any, Final
 
 import httpx
 import psycopg
+from psycopg.pq import TransactionStatus
 
 from outbox_relay import cli
 from outbox_relay.centrifugo import Centrifugo
 from outbox_relay.store import Claim, Store
+from outbox_relay.transport import DeadlineTransport
 
 FILE: Final = "OUTBOX_RELAY_FAILPOINT"
 BEGAN: Final = "X-Transaction-Began"
@@ -82,8 +84,8 @@ def _watch(owner: type, name: str, path: Path, *, before: str = "", after: str =
 
 
 def _watch_commits(path: Path) -> None:
-    """The commits that follow a settle: others write nothing that matters."""
-    settle, commit = Store.settle, psycopg.Connection.commit
+    """The commits of what is settled, along with its last statement or by themselves: no other one matters."""
+    settle, commit, last = Store.settle, psycopg.Connection.commit, Store.execute_with_waiting
 
     def settling(*args: Any, **kwargs: Any) -> Counter[str]:
         _reached("before it settles", path)
@@ -91,33 +93,39 @@ def _watch_commits(path: Path) -> None:
         _settled.now = True
         return ended
 
+    def sending_the_last(*args: Any, **kwargs: Any) -> psycopg.Cursor[Any]:
+        if kwargs.get("last"):
+            _reached("before it commits", path)
+        return last(*args, **kwargs)
+
     def committing(connection: psycopg.Connection[Any]) -> None:
         matters = getattr(_settled, "now", False)
         _settled.now = False
-        if matters:
+        if matters and connection.info.transaction_status != TransactionStatus.IDLE:
             _reached("before it commits", path)
         commit(connection)
         if matters:
             _reached("after it committed", path)
 
     Store.settle = settling  # type: ignore[method-assign]
+    Store.execute_with_waiting = sending_the_last  # type: ignore[method-assign]
     psycopg.Connection.commit = committing  # type: ignore[method-assign, assignment]
 
 
 def _tell_when_it_began() -> None:
-    claim, send = Store.claim, httpx.Client.send
+    claim, send = Store.claim, DeadlineTransport.handle_request
 
     def claiming(*args: Any, **kwargs: Any) -> Claim:
         _began.at = time.monotonic()
         return claim(*args, **kwargs)
 
-    def sending(client: httpx.Client, request: httpx.Request, **kwargs: Any) -> httpx.Response:
+    def sending(transport: DeadlineTransport, request: httpx.Request) -> httpx.Response:
         if hasattr(_began, "at"):
             request.headers[BEGAN] = repr(_began.at)
-        return send(client, request, **kwargs)
+        return send(transport, request)
 
     Store.claim = claiming  # type: ignore[method-assign]
-    httpx.Client.send = sending  # type: ignore[method-assign, assignment]
+    DeadlineTransport.handle_request = sending  # type: ignore[method-assign, assignment]
 
 
 def main() -> None:
