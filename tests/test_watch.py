@@ -96,8 +96,8 @@ def test_the_watch_outlasts_a_single_event(place: Place, connect: Connect) -> No
         assert place.keeper == keeper
 
 
-def test_many_events_call_the_others() -> None:
-    """Who keeps watch has found some twice in a row; once is no reason to."""
+def test_a_call_ends_the_watch() -> None:
+    """Of the one who keeps it, and by nobody else; that it is busy is no call."""
     watch = runner._Watch(3600.0)
     assert watch.keep(0)
     assert not watch.keep(1)
@@ -121,8 +121,11 @@ def test_nobody_stands_by_once_it_is_stopped() -> None:
         ended()
 
 
-def test_the_watch_delivers_and_the_others_too(place: Place, connect: Connect) -> None:
+def test_the_others_are_called_where_batches_take_long(
+    place: Place, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Hundreds of batches: more than one worker takes part."""
+    monkeypatch.setattr(runner, "ALONE", 0.0)
     connection = connect()
     with place.relay:
         assert place.keeper

@@ -377,6 +377,27 @@ def test_a_reply_has_a_limit() -> None:
     assert seconds < 4.0
 
 
+def close_after(exchange: Exchange) -> None:
+    """A whole answer, the last one on this connection, which stays open for a while."""
+    answer = b'{"replies":[{"publish":{}}]}'
+    exchange.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(answer), answer))
+    exchange.wait_for_client_to_leave()
+
+
+def test_a_connection_that_was_the_last_ones_serves_no_other_request() -> None:
+    with Gateway("http://nowhere", close_after) as gateway, closing(Publisher(gateway.url, "key")) as publisher:
+        assert [publisher.publish([event()]) for _ in range(3)] == [[ACCEPTED]] * 3
+
+
+def test_no_header_becomes_two() -> None:
+    """A key with a line break is no key of Centrifugo's. The relay's own settings refuse it before."""
+    with Gateway("http://nowhere") as gateway, closing(Publisher(gateway.url, "a\r\nX-Other: b")) as publisher:
+        answer = publisher.publish([event()])
+        assert gateway.requests == []
+    assert isinstance(answer, Outage)
+    assert "X-Other" not in answer.reason
+
+
 def test_the_environments_proxies_are_ignored(
     publisher: Publisher, centrifugo: Centrifugo, channel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
