@@ -18,7 +18,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from outbox_relay import start_hint, upkeep
+from outbox_relay import runner, start_hint, upkeep
 from outbox_relay.centrifugo import Centrifugo as Publisher
 from outbox_relay.embedded.centrifugo import Centrifugo
 from outbox_relay.embedded.postgres import Postgres
@@ -92,9 +92,11 @@ def url(server: Postgres) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def nothing_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pruning comes once a second, the start hint every quarter: how often, would depend on the machine."""
+    """Pruning comes once a second, the start hint every quarter, and a question where a batch was slow: how often, would
+    depend on the machine."""
     monkeypatch.setattr(upkeep, "PRUNE_EVERY", float("inf"))
     monkeypatch.setattr(start_hint, "RENEW_EVERY", float("inf"))
+    monkeypatch.setattr(runner, "ALONE", float("inf"))
 
 
 def insert(url: str) -> None:
