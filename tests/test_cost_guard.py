@@ -92,8 +92,8 @@ def url(server: Postgres) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def nothing_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pruning comes once a second, the start hint every quarter, and a question where a batch was slow: how often, would
-    depend on the machine."""
+    """Pruning comes once a second, the start hint every quarter, a question after a slow batch: how often, would depend
+    on the machine."""
     monkeypatch.setattr(upkeep, "PRUNE_EVERY", float("inf"))
     monkeypatch.setattr(start_hint, "RENEW_EVERY", float("inf"))
     monkeypatch.setattr(runner, "ALONE", float("inf"))
