@@ -70,6 +70,8 @@ class Worker:
         # A new session, so also the one after a settle or a commit that failed, proves first that outcomes can
         # be written: else a full disk or a lost grant would publish the same events again and again.
         self._untried = True
+        self.full = False
+        """Whether the last batch had as many lanes as it may: there may be work in others too."""
 
     def run_once(self) -> bool:
         """Deliver one batch, and return whether there was anything to do.
@@ -89,6 +91,7 @@ class Worker:
                 return False
             self._after = claim.lanes[-1].lane
             now = claim.clock.now()
+            self.full = len(claim.lanes) == lanes
             batch = self._store.read(
                 claim.lanes,
                 events=min(options.batch_events, lanes * options.events_per_lane),

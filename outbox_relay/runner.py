@@ -26,7 +26,7 @@ SLEEP_AT_MOST: Final = 0.5
 OTHERS_AT_IT: Final = 0.01
 """Seconds, at most, until a worker looks for another lane while others have all those with work."""
 ALONE: Final = 0.01
-"""Seconds in which a worker delivers a batch and goes on alone: the others would only make its batches smaller."""
+"""Seconds in which a batch that is not full is quick: its worker goes on alone, others would only make them smaller."""
 STAND_BY: Final = 0.5
 """Seconds, at most, until a worker looks for events though another one keeps watch."""
 
@@ -200,20 +200,20 @@ class Relay:
     def _deliver(self, worker: Worker, store: Store, number: int, chores: Chores | None) -> None:
         """Batches at once while there is work, growing waits while there is none, until asked to stop."""
         stopping, progress = self._shared.stopping, self._shared.progress[number]
-        told = quick = slow = False
+        told = few = many = False
         idle = self._options.poll_min
         while not stopping.is_set():
             progress.alive()
             with self._shared.pause.turn(stopping, progress):
                 # Where there was work there may be more: a claim finds out as fast as the question does.
-                unasked = told or quick
+                unasked = told or few
                 wanted = not stopping.is_set() and (unasked or store.anything_to_do())
                 if wanted:
-                    self._watch.busy(number, again=slow)
+                    self._watch.busy(number, again=many)
                 started = boottime()
                 found = wanted and worker.run_once()
-                slow = found and boottime() - started > ALONE
-                quick = found and not slow
+                many = found and (worker.full or boottime() - started > ALONE)
+                few = found and not many
             if progress.has_database is False:
                 log.info("database is back", worker=number)
             progress.has_database = True

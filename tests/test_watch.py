@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -32,7 +34,7 @@ def nobody_comes_uncalled(monkeypatch: pytest.MonkeyPatch) -> None:
 class Place:
     """A relay whose workers are told apart by their threads: who looked for events, who published any."""
 
-    def __init__(self, database_url: str, centrifugo: Centrifugo) -> None:
+    def __init__(self, database_url: str, centrifugo: Centrifugo, options: Options = EAGER) -> None:
         self.looks: Counter[str] = Counter()
         self.published: Counter[str] = Counter()
         self.pids: dict[str, int] = {}
@@ -62,7 +64,7 @@ class Place:
             self.pids[threading.current_thread().name] = store.execute("SELECT pg_backend_pid()").fetchall()[0][0]
             return store
 
-        self.relay = Relay(open_store, lambda: Publishing(centrifugo.api_url, centrifugo.api_key), EAGER)
+        self.relay = Relay(open_store, lambda: Publishing(centrifugo.api_url, centrifugo.api_key), options)
 
     @property
     def keeper(self) -> str:
@@ -121,11 +123,13 @@ def test_nobody_stands_by_once_it_is_stopped() -> None:
         ended()
 
 
-def test_the_others_are_called_where_batches_take_long(
-    place: Place, connect: Connect, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("lanes", [1, 256], ids=["full batches", "slow batches"])
+def test_many_events_call_the_others(
+    lanes: int, database_url: str, centrifugo: Centrifugo, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hundreds of batches: more than one worker takes part."""
-    monkeypatch.setattr(runner, "ALONE", 0.0)
+    monkeypatch.setattr(runner, "ALONE", math.inf if lanes == 1 else 0.0)
+    place = Place(database_url, centrifugo, replace(EAGER, lanes=lanes))
     connection = connect()
     with place.relay:
         assert place.keeper
