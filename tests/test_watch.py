@@ -123,21 +123,33 @@ def test_nobody_stands_by_once_it_is_stopped() -> None:
         ended()
 
 
-@pytest.mark.parametrize("lanes", [1, 256], ids=["full batches", "slow batches"])
+@pytest.mark.parametrize(
+    ("lanes", "alone", "called"),
+    [(20, math.inf, True), (256, 0.0, True), (256, math.inf, False)],
+    ids=["full batches", "slow batches", "quick batches"],
+)
 def test_many_events_call_the_others(
-    lanes: int, database_url: str, centrifugo: Centrifugo, connect: Connect, monkeypatch: pytest.MonkeyPatch
+    lanes: int,
+    alone: float,
+    called: bool,
+    database_url: str,
+    centrifugo: Centrifugo,
+    connect: Connect,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Hundreds of batches: more than one worker takes part."""
-    monkeypatch.setattr(runner, "ALONE", math.inf if lanes == 1 else 0.0)
+    """Where one worker's batches are quick, and take not all the lanes that they may, it delivers them all."""
+    monkeypatch.setattr(runner, "ALONE", alone)
+    monkeypatch.setattr(runner._Watch, "stand_by", lambda watch, _: watch._over.wait(PATIENCE))
     place = Place(database_url, centrifugo, replace(EAGER, lanes=lanes))
     connection = connect()
     with place.relay:
-        assert place.keeper
-        with connection.transaction():
-            for name in range(300):
-                write(connection, str(name), 1, "plain:a")
-        wait_until(lambda: states(connection) == {"delivered": 300}, "all are delivered")
-    assert len(place.published) > 1
+        keeper = place.keeper
+        connection.execute(
+            "INSERT INTO outbox (aggregate_type, aggregate_id, version, channels, payload) "
+            "SELECT 'order', n % 200, 1 + n / 200, '{plain:a}', '{}' FROM generate_series(0, 2999) AS n"
+        )
+        wait_until(lambda: states(connection) == {"delivered": 3000}, "all are delivered")
+    assert (set(place.published) != {keeper}) == called
 
 
 def test_nobody_waits_for_a_batch_that_takes_long(place: Place, connect: Connect) -> None:
