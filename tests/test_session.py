@@ -80,6 +80,7 @@ def test_what_is_prepared_outlives_a_rollback(store: Store, connect: Connect) ->
         assert len(deliver(store)) == 1
         with pytest.raises(ZeroDivisionError):
             fail(store)
+        assert status(store) == TransactionStatus.IDLE
     assert states(connection) == {"delivered": 3}
 
 

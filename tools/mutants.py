@@ -44,7 +44,7 @@ TESTS: Final[dict[str, str]] = {
     "start_hint": "start_hint plans",
     "centrifugo": "centrifugo wire hostile_server outcomes key_rotation bundles outages",
     "endpoint": "hostile_server centrifugo wire outages",
-    "session": "lanes hazards_order start_hint wake_up hazards_database pgbouncer hazards_process",
+    "session": "session lanes hazards_order start_hint wake_up hazards_database pgbouncer hazards_process",
     "store": "batches lanes conflation gaps holds hazards_order hazards_settling start_hint plans retention outcomes "
     "hazards_database poison",
     "shared": "shared versions holds bundles outages outcomes",
