@@ -200,20 +200,19 @@ class Relay:
     def _deliver(self, worker: Worker, store: Store, number: int, chores: Chores | None) -> None:
         """Batches at once while there is work, growing waits while there is none, until asked to stop."""
         stopping, progress = self._shared.stopping, self._shared.progress[number]
-        told = few = many = False
+        told = found = many = False
         idle = self._options.poll_min
         while not stopping.is_set():
             progress.alive()
             with self._shared.pause.turn(stopping, progress):
                 # Where there was work there may be more: a claim finds out as fast as the question does.
-                unasked = told or few
+                unasked = told or found
                 wanted = not stopping.is_set() and (unasked or store.anything_to_do())
                 if wanted:
                     self._watch.busy(number, again=many)
                 started = boottime()
                 found = wanted and worker.run_once()
                 many = found and (worker.full or boottime() - started > ALONE)
-                few = found and not many
             if progress.has_database is False:
                 log.info("database is back", worker=number)
             progress.has_database = True

@@ -46,7 +46,7 @@ BOUNDS: Final = {
     "WAL bytes, insert, per event": 632,  # 550.0
     "WAL bytes, settle, per event": 484,  # 421.4
     "WAL bytes, settle with keep = 0, per event": 80,  # 69.3
-    "messages per batch": 6.0,  # 5.42, the question before it included; one more would be 6.42
+    "messages per batch": 5.0,  # 4.50, of which the session's first ones are 1.5; one more would be 5.50
     "requests per 1,000 events": 1.4,  # 1.20
     "function calls per event": 42,  # 36.6
 }

@@ -90,7 +90,11 @@ def test_one_worker_asks_for_all(place: Place) -> None:
     assert place.relay.join() is Ended.STOPPED
 
 
-def test_the_watch_outlasts_a_single_event(place: Place, connect: Connect) -> None:
+def test_the_watch_outlasts_a_single_event(
+    database_url: str, centrifugo: Centrifugo, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "ALONE", math.inf)
+    place = Place(database_url, centrifugo, replace(EAGER, lanes=2))
     with place.relay:
         keeper = place.keeper
         write(connect(), "1", 1, "plain:a")
