@@ -115,6 +115,12 @@ def _server(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
         "no transaction_timeout in the way",
         "" if limit == 0 or limit >= 10_000 else "the relay's role needs transaction_timeout = 0, or at least 10 s",
     )
+    if _one(connection, "SHOW synchronous_commit") == "off":
+        advice = (
+            "ALTER ROLE the relay's role SET synchronous_commit = on: a crash of PostgreSQL may undo the end of an"
+            " event that was given up, which is then sent after its successors"
+        )
+        yield Finding(True, "commits do not wait for the disk: synchronous_commit is off", advice)
 
 
 def _schema(connection: psycopg.Connection[Any], settings: Settings) -> Iterator[Finding]:

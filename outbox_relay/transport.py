@@ -54,8 +54,9 @@ class DeadlineTransport(httpx.BaseTransport):
         connection = self._connected(request.url)
         try:
             with _errors(httpx.WriteTimeout, httpx.WriteError):
-                connection.sendall(_head(request) + request.content[:_CHUNK])
-                connection.sendall(request.content[_CHUNK:])
+                content = memoryview(request.content)
+                connection.sendall(_head(request) + content[:_CHUNK])
+                connection.sendall(content[_CHUNK:])
             with _errors(httpx.ReadTimeout, httpx.ReadError):
                 response = http.client.HTTPResponse(connection, method=request.method)  # type: ignore[arg-type]
                 response.begin()
@@ -116,7 +117,7 @@ class _Socket:
         self._inner = inner
         self._deadline = deadline
 
-    def sendall(self, data: bytes) -> None:
+    def sendall(self, data: bytes | memoryview) -> None:
         rest = memoryview(data)
         while rest:
             self._inner.settimeout(self._deadline.left())

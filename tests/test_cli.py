@@ -249,6 +249,17 @@ def test_check_finds_what_is_missing(
     assert advice in finding["advice"]
 
 
+@pytest.mark.parametrize("setting", ["on", "local", "off"])
+def test_check_says_whether_commits_wait_for_the_disk(cli: Cli, good: dict[str, str], setting: str) -> None:
+    """Where they do not a relay still works, and there is something to say."""
+    options = {"options": f"-csynchronous_commit={setting}"}
+    url = sa.make_url(good["database_url"]).update_query_dict(options).render_as_string(hide_password=False)
+    result = cli("check", **good | {"database_url": url})
+    assert result.exit_code == 0
+    assert ("synchronous_commit is off" in result.stdout) is (setting == "off")
+    assert ("SET synchronous_commit = on" in result.stdout) is (setting == "off")
+
+
 @pytest.mark.parametrize(
     ("table", "privilege"),
     [("outbox", "UPDATE"), ("outbox", "DELETE"), ("outbox_lane", "SELECT"), ("outbox_hold", "INSERT")],

@@ -1,6 +1,6 @@
 """Writer's cost: what an event costs the transaction that it belongs to.
 
-Every transaction is BEGIN, an UPDATE of a random one of 100,000 business rows that returns its new version, the side's
+Every transaction is BEGIN, an UPDATE of a random one of 10,000 business rows that returns its new version, the side's
 own statement if it has one, and COMMIT, each in a round trip of its own. All values are parameters, as drivers send
 them. What an application would have at hand is a fixed text: our payload and the event's id, and for Centrifugo's
 outbox the whole request with its tags and a key. Such a key never varies; where a consumer reads meanwhile, that
@@ -31,8 +31,8 @@ from outbox_relay.config import Settings
 from outbox_relay.embedded.centrifugo import find_or_build
 from outbox_relay.embedded.postgres import Postgres
 
-BUSINESS_ROWS: Final = 100_000
-"""So many that writers hardly ever meet at one."""
+BUSINESS_ROWS: Final = load.AGGREGATES
+"""Each is an aggregate, so that its versions only go up. Writers hardly ever meet at one."""
 CONSUMER: Final = CONSUMERS["centrifugo-8"]
 IDLE_SECONDS: Final = 1.0
 """From a reader's start until it has nothing left to do."""
@@ -40,7 +40,6 @@ WARM_SECONDS: Final = 1
 
 _SCRIPT: Final = f"""\
 \\set row random(0, {BUSINESS_ROWS - 1})
-\\set aggregate random(0, {load.AGGREGATES - 1})
 \\set channel random(0, {load.CHANNELS - 1})
 \\set partition random(0, {CONSUMER.partitions - 1})
 \\set key random(1, 9000000000000000000)
@@ -78,7 +77,7 @@ VARIABLES: Final[Mapping[str, str]] = {
 
 _OURS: Final = """\
 INSERT INTO outbox (event_id, aggregate_type, aggregate_id, version, channels, payload)
-VALUES (:event_id, 'order', :aggregate, :version, ARRAY['plain:' || (:channel)::text], :payload)"""
+VALUES (:event_id, 'order', :row, :version, ARRAY['plain:' || (:channel)::text], :payload)"""
 _CENTRIFUGO: Final = (
     "INSERT INTO centrifugo_outbox (method, payload, partition) VALUES ('publish', :request, :partition)"
 )
