@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from typing import Any, LiteralString
 
 import pytest
@@ -157,14 +158,20 @@ def test_a_dead_event_that_an_order_waits_for_is_kept(connect: Connect, database
 # The relay's own part
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_relay_prunes_while_it_delivers(
-    connect: Connect, make_relay: MakeRelay, relay_options: Options, subscribe: Callable[..., Subscriber], channel: str
+    connect: Connect,
+    make_relay: MakeRelay,
+    relay_options: Options,
+    subscribe: Callable[..., Subscriber],
+    channel: str,
+    workers: int,
 ) -> None:
     connection, subscriber = connect(), subscribe(channel)
     old = [add(connection, state, 24 * 8) for state in ENDED]
     for state in ENDED:
         add(connection, state, 24 * 6)
-    with make_relay(relay_options):
+    with make_relay(replace(relay_options, workers=workers)):
         write(connection, "2", 1, channel)
         subscriber.wait_for(1)
         wait_until(lambda: not set(old[:2]) & set(left(connection)), "what was delivered 8 days ago is deleted")

@@ -50,7 +50,7 @@ TESTS: Final[dict[str, str]] = {
     "shared": "shared versions holds bundles outages outcomes",
     "relay": "batches lanes conflation gaps holds bundles hazards_settling cost_guard versions outages outcomes "
     "versioned_channels",
-    "runner": "watch batches outages hazards_process",
+    "runner": "runner watch batches outages metrics hazards_process",
 }
 # Loaded once, then shared by all runs; nothing of the project's own.
 _LOADED_BEFORE: Final = (
