@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import pytest
 
@@ -87,16 +87,17 @@ def test_what_others_are_at_is_waited_for(
 ) -> None:
     """In a run until nothing is pending: they may not get it delivered. Nobody connects anew meanwhile."""
     write(connect(), "1", 1, "plain:a")
-    with closing(Store(database_url)) as other, in_background(lambda: relay.run(until_empty=True)) as ended:
-        try:
-            with other.batch():
-                assert len(other.claim(after=0, lanes=1).lanes) == 1
-                before = sessions.claims
-                wait_until(lambda: sessions.claims >= before + LOOKS, "it tries again and again")
+    with closing(Store(database_url)) as other, ExitStack() as batch:
+        batch.enter_context(other.batch())
+        assert len(other.claim(after=0, lanes=1).lanes) == 1
+        with in_background(lambda: relay.run(until_empty=True)) as ended:
+            try:
+                wait_until(lambda: sessions.claims >= LOOKS, "it tries again and again")
                 assert not relay.stopping
-            assert ended() is Ended.EMPTY
-        finally:
-            relay.stop()
+                batch.close()
+                assert ended() is Ended.EMPTY
+            finally:
+                relay.stop()
     assert states(connect()) == {"delivered": 1}
     assert sessions.opened == 2
 
