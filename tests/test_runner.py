@@ -92,7 +92,7 @@ def test_what_others_are_at_is_waited_for(
         assert len(other.claim(after=0, lanes=1).lanes) == 1
         with in_background(lambda: relay.run(until_empty=True)) as ended:
             try:
-                wait_until(lambda: sessions.claims >= LOOKS, "it tries again and again")
+                wait_until(lambda: relay.stopping or sessions.claims >= LOOKS, "it tries again and again")
                 assert not relay.stopping
                 batch.close()
                 assert ended() is Ended.EMPTY
