@@ -262,5 +262,5 @@ def running(pid: int) -> bool:
     """Whether the process runs; a dead one that nobody has reaped does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the second where it is reaped between open and read
         return False
