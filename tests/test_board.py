@@ -56,7 +56,7 @@ def test_the_page_ends_as_the_database_is(name: str, board: Board) -> None:
 def test_a_page_without_versions_goes_back(board: Board) -> None:
     playground, watch = board.playground, board.watch
     with playground.life:
-        playground.gateway.repeat = 0.5
+        playground.gateway.repeat = 2.0
         try:
             advance(playground.engine, "4")
             wait_until(lambda: watch.shows("page", database(playground)), "the first change arrives")

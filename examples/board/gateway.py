@@ -39,6 +39,7 @@ class Gateway:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 gateway.held += not gateway.open.is_set()
                 gateway.open.wait()
+                repeat = gateway.repeat  # before others see what comes of the request, and change it
                 headers = {"X-API-Key": self.headers["X-API-Key"] or "", "Content-Type": "application/json"}
                 try:
                     status, answer = gateway._forward(self.path, body, headers)
@@ -49,8 +50,8 @@ class Gateway:
                 except (OSError, HTTPException):
                     self.close_connection = True  # Centrifugo has gone, or the relay has
                     return
-                if gateway.repeat and self.path.endswith("/batch"):
-                    gateway._copy_later(self.path, body, headers)
+                if repeat and self.path.endswith("/batch"):
+                    gateway._copy_later(self.path, body, headers, repeat)
 
             def log_message(self, *_args: Any) -> None:
                 pass
@@ -85,8 +86,8 @@ class Gateway:
         finally:
             connection.close()
 
-    def _copy_later(self, path: str, body: bytes, headers: dict[str, str]) -> None:
-        copy = threading.Thread(target=self._copy, args=(path, body, headers, self.repeat), daemon=True)
+    def _copy_later(self, path: str, body: bytes, headers: dict[str, str], seconds: float) -> None:
+        copy = threading.Thread(target=self._copy, args=(path, body, headers, seconds), daemon=True)
         self._copies.append(copy)
         copy.start()
 
