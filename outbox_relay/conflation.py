@@ -157,6 +157,8 @@ def next_window(window: int, events: int, covered: Iterable[Covered]) -> int:
 
 def took(covered: Mapping[int, Covered], accepted: Sequence[Event], settlements: Sequence[Settlement]) -> list[Took]:
     """Say for each event that stands for others, and was answered, how that went."""
+    if not covered:
+        return []
     found = [Took(covered[event.id]) for event in accepted if event.id in covered]
     for event, outcome, accepted_now in settlements:
         if event.id in covered:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 from outbox_relay.event import Event
@@ -44,7 +45,7 @@ def plan(events: list[Event], now: float, policy_of: PolicyOf) -> Plan:
         if event.ending is None and not expired(event, now, policy):
             sent.append(event)
             continue
-        gap = event._replace(kind="gap", payload="{}", base_version=None, ending=event.ending or "expired")
+        gap = replace(event, kind="gap", payload="{}", base_version=None, ending=event.ending or "expired")
         if policy.gap and gap.unsent:
             sent.append(gap)
         else:

@@ -171,6 +171,7 @@ class Worker:
         if isinstance(replies, Outage):
             return replies
         accepted: set[str] = set()
+        doubted: list[Event] = []
         for event, reply in zip(events, replies, strict=True):
             if reply is ACCEPTED:
                 (sent.told if event.ending else sent.delivered).append(event)
@@ -183,9 +184,10 @@ class Worker:
                 sent.refused.append((event, reply))
                 sent.behind.add(event.aggregate)
                 sent.anything_accepted |= bool(reply.accepted)
+                if reply.bundled:
+                    doubted.append(event)
         sent.anything_accepted |= bool(accepted)
         self._shared.answered(events, accepted, sent_at)
-        doubted = [event for event, reply in zip(events, replies, strict=True) if reply.bundled]
         if doubted:
             self._shared.failed(doubted, clock)
         return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Final, NamedTuple
 
 import psycopg
@@ -52,7 +52,8 @@ class Batch:
     """By the id of an event, those that it stands for."""
 
 
-_ID, _LANE, _PAYLOAD = (Event._fields.index(name) for name in ("id", "lane", "payload"))
+_EVENT: Final = [field.name for field in fields(Event)]
+_ID, _LANE, _PAYLOAD = map(_EVENT.index, ("id", "lane", "payload"))
 _FIELDS: Final = """id, event_id::text, aggregate_type, aggregate_id, lane, version, kind::text, channels,
     CASE WHEN held IS NULL THEN payload::text END, tags::text, accepted, date_part('epoch', created_at), replay,
     base_version, (SELECT {outbox_epoch}()), date_part('epoch', expires_at), ending::text"""
@@ -300,10 +301,10 @@ class Store(Upkeep):
         if on_hold:
             rows = self.execute(due, lanes=on_hold, holds=DUE_HOLDS, quota=per_lane * window, **bounds).fetchall()
             for row in conflation.uncovered(rows, batch.covered) if conflated else rows:
-                aggregate_type, aggregate_id, *hold = row[len(Event._fields) :]
+                aggregate_type, aggregate_id, *hold = row[len(_EVENT) :]
                 batch.holds[aggregate_type, aggregate_id] = Hold(*hold)
                 if row[_ID] is not None:
-                    batch.events.append(Event._make(row[: len(Event._fields)]))
+                    batch.events.append(Event(*row[: len(_EVENT)]))
         rows = self.execute(pending, lanes=[lane.lane for lane in lanes], quota=quota * window, **bounds).fetchall()
         self._take(batch, conflation.uncovered(rows, batch.covered) if conflated else rows, quota * window)
         self._window = conflation.next_window(window, len(batch.events), batch.covered.values())
@@ -317,7 +318,7 @@ class Store(Upkeep):
         for row in rows:
             if row[_PAYLOAD] is None:
                 held.setdefault(row[_LANE], []).append(row[_ID])
-        batch.events += [Event._make(row) for row in rows if row[_PAYLOAD] is not None]
+        batch.events += [Event(*row) for row in rows if row[_PAYLOAD] is not None]
         if held:
             batch.parked = self._park(held, quota)
 

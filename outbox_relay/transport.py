@@ -55,8 +55,8 @@ class DeadlineTransport(httpx.BaseTransport):
         try:
             with _errors(httpx.WriteTimeout, httpx.WriteError):
                 content = memoryview(request.content)
-                connection.sendall(_head(request) + content[:_CHUNK])
-                connection.sendall(content[_CHUNK:])
+                connection.sendall(_head(request) + content[:_READ])
+                connection.sendall(content[_READ:])
             with _errors(httpx.ReadTimeout, httpx.ReadError):
                 response = http.client.HTTPResponse(connection, method=request.method)  # type: ignore[arg-type]
                 response.begin()

@@ -7,6 +7,7 @@ import json
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,8 @@ _ids = itertools.count(1)
 
 def event(name: str = "1", channels: Sequence[str] = ("b:x",), payload: str = "{}", **fields: Any) -> Event:
     id_ = next(_ids)
-    return Event(id_, f"e{id_}", "order", name, 0, id_, "change", list(channels), payload, None, None, 0.0)._replace(
-        **fields
-    )
+    written = Event(id_, f"e{id_}", "order", name, 0, id_, "change", list(channels), payload, None, None, 0.0)
+    return replace(written, **fields)
 
 
 # Which events may travel together
@@ -158,7 +158,7 @@ def test_a_bundle_on_the_wire() -> None:
 def test_the_key_of_a_bundle_is_that_of_its_channel_and_its_events_in_order() -> None:
     """The same bundle again is a duplicate for Centrifugo; anything else is not."""
     one, two, three = event(), event(), event()
-    elsewhere = [sent._replace(channels=["b:y"]) for sent in (one, two)]
+    elsewhere = [replace(sent, channels=["b:y"]) for sent in (one, two)]
     groups = ([one, two], [one, two], [two, one], [one, three], [one, two, three], elsewhere)
     keys = [json.loads(commands(group, WIRES)[0].text)["publish"]["idempotency_key"] for group in groups]
     assert keys[0] == keys[1]

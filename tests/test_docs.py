@@ -170,8 +170,8 @@ def test_precedence_is_as_documented(tmp_path: Path) -> None:
 # The wire
 
 
-def event(id_: int, event_id: str, aggregate_id: str, version: int, channels: list[str], **fields: Any) -> Event:
-    known: dict[str, Any] = dict.fromkeys(Event._fields)
+def event(id_: int, event_id: str, aggregate_id: str, version: int, channels: list[str], **others: Any) -> Event:
+    known: dict[str, Any] = dict.fromkeys(field.name for field in fields(Event))
     known.update(
         id=id_,
         event_id=event_id,
@@ -182,7 +182,7 @@ def event(id_: int, event_id: str, aggregate_id: str, version: int, channels: li
         lane=0,
         created_at=0.0,
     )
-    return Event(**(known | fields))
+    return Event(**(known | others))
 
 
 def test_the_batch_is_what_the_relay_sends() -> None:

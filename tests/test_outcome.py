@@ -183,12 +183,12 @@ def test_what_is_left_to_send() -> None:
     """The channels that have not accepted, in their order."""
     written = event(channels=("a", "b", "c"))
     assert written.unsent == ["a", "b", "c"]
-    assert written._replace(accepted=["b"]).unsent == ["a", "c"]
+    assert replace(written, accepted=["b"]).unsent == ["a", "c"]
 
 
 def test_the_idempotency_key() -> None:
     """Neither a repeated event_id nor a replay is swallowed as a repetition."""
-    keys = [event(1), event(2), event(1)._replace(replay=1), event(1)._replace(replay=2), event(1)]
+    keys = [event(1), event(2), replace(event(1), replay=1), replace(event(1), replay=2), event(1)]
     assert [key.idempotency_key for key in keys] == ["e:1", "e:2", "e:1:r1", "e:1:r2", "e:1"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ _ids = itertools.count(1)
 def event(**fields: Any) -> Event:
     id_ = next(_ids)
     written = Event(id_, f"e{id_}", "order", "1", 0, 1, "change", ["a"], '{"n":1}', None, None, created_at=NOW)
-    return written._replace(**fields)
+    return replace(written, **fields)
 
 
 SENT, TOLD = "sent", "told"
@@ -57,7 +58,7 @@ def test_what_becomes_of_an_event(written: Event, policy: Policy, what: str | Gi
         assert planned == ([written], [])
     elif what == TOLD:
         ending = written.ending or "expired"
-        assert planned == ([written._replace(kind="gap", payload="{}", ending=ending)], [])
+        assert planned == ([replace(written, kind="gap", payload="{}", ending=ending)], [])
     else:
         [settlement] = planned.ends
         assert planned.events == []
@@ -82,7 +83,7 @@ def test_behind_a_dead_event_nothing_is_sent_where_its_aggregate_waits() -> None
 def test_a_gap_has_a_key_of_its_own() -> None:
     """Else Centrifugo would take it for the event, sent again."""
     first, replayed = event(), event(replay=2)
-    keys = {sent.idempotency_key for sent in (first, first._replace(ending="dead"), replayed._replace(ending="dead"))}
+    keys = {sent.idempotency_key for sent in (first, replace(first, ending="dead"), replace(replayed, ending="dead"))}
     assert keys == {f"e{first.id}:{first.id}", f"e{first.id}:{first.id}:gap", f"e{replayed.id}:{replayed.id}:r2:gap"}
 
 

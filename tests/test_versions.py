@@ -11,7 +11,7 @@ from outbox_relay.metrics import Metrics
 from outbox_relay.options import Options
 from outbox_relay.runner import Relay
 from outbox_relay.store import Store
-from outbox_relay.versions import Versions
+from outbox_relay.versions import SLOTS, Versions
 from tests.conftest import Connect, StartRelay
 from tests.support.relays import drain
 from tests.support.subscriber import Subscriber
@@ -38,27 +38,39 @@ def event(id_: int, name: str, version: int, epoch: str = "e") -> Event:
     )
 
 
+def slot(name: str) -> int:
+    return hash(("order", name)) % SLOTS
+
+
 def test_what_is_a_fall() -> None:
     """A version below that of an earlier event of the same object, in one batch or in another. What rises, stays, or
     was sent again is none, and another epoch begins anew."""
     versions = Versions()
-    assert versions.falls([event(1, "a", 5), event(2, "b", 3), event(3, "a", 5), event(4, "a", 6)]) == []
+    b = next(name for name in "bcd" if slot(name) != slot("a"))
+    assert versions.falls([event(1, "a", 5), event(2, b, 3), event(3, "a", 5), event(4, "a", 6)]) == []
     fallen = event(5, "a", 1)
     assert versions.falls([fallen, event(6, "a", 2)]) == [(fallen, 6)]
     assert versions.falls([event(4, "a", 6), event(1, "a", 5)]) == []
-    again = event(7, "b", 1)
+    again = event(7, b, 1)
     assert versions.falls([again]) == [(again, 3)]
-    assert versions.falls([event(8, "a", 1, "f"), event(9, "b", 1, "f")]) == []
+    assert versions.falls([event(8, "a", 1, "f"), event(9, b, 1, "f")]) == []
     assert versions.falls([event(10, "a", 2, "f"), fell := event(11, "a", 1, "f")]) == [(fell, 2)]
 
 
 def test_memory_is_bounded() -> None:
-    """What is forgotten is not noticed; the newest objects are remembered."""
-    versions = Versions(limit=100)
-    assert versions.falls(event(n, str(n), 9) for n in range(1, 1_001)) == []
-    assert [
-        fall.event.aggregate_id for fall in versions.falls(event(n + 1_000, str(n), 1) for n in (1, 901, 1_000))
-    ] == ["901", "1000"]
+    """What is forgotten is not noticed, and is not taken for another object's; the newest object is remembered."""
+    versions = Versions(slots=100)
+    assert versions.falls(event(n, str(n), 2_000 - n) for n in range(1, 1_001)) == []
+    fallen = versions.falls(event(3_000 - n, str(n), 1) for n in range(1_000, 0, -1))
+    assert 1 <= len(fallen) <= 100
+    assert (fallen[0].event.aggregate_id, fallen[0].version_before) == ("1000", 1_000)
+
+
+def test_most_objects_of_a_usual_number_are_remembered() -> None:
+    versions = Versions()
+    assert versions.falls(event(n, str(n), 2) for n in range(1, 10_001)) == []
+    fallen = versions.falls(event(n + 10_000, str(n), 1) for n in range(1, 10_001))
+    assert 6_000 < len(fallen) < 10_000
 
 
 def test_a_fall_is_counted_logged_and_delivered(

@@ -12,6 +12,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -250,7 +251,7 @@ def test_an_event_published_twice_arrives_once(publisher: Publisher, subscribe: 
     """The idempotency key is the event's own: a repetition is swallowed, another event with its event_id is not."""
     subscriber = subscribe(channel)
     first = event(channels=[channel], version=1)
-    twin = event(channels=[channel], version=2)._replace(event_id=first.event_id)
+    twin = replace(event(channels=[channel], version=2), event_id=first.event_id)
     assert publisher.publish([first]) == publisher.publish([first]) == publisher.publish([twin]) == [ACCEPTED]
     last = event(channels=[channel], version=3)
     publisher.publish([last])
@@ -274,7 +275,7 @@ def test_one_channel_of_several_is_refused(publisher: Publisher, subscribe: Subs
     sent = event(channels=[channel, "nowhere:a", other])
     refusal = Refusal("nowhere:a", 102, "unknown channel")
     assert publisher.publish([sent]) == [Reply((refusal,), (channel, other))]
-    again = sent._replace(accepted=[channel, other])
+    again = replace(sent, accepted=[channel, other])
     assert publisher.publish([again]) == [Reply((refusal,))]
     subscriber.wait_for(1)
     assert publisher.publish([event(channels=[channel, other])]) == [ACCEPTED]

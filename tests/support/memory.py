@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import cast
 
 from outbox_relay.conflation import Covered, Took
@@ -151,7 +152,7 @@ class Memory:
         free = [self._sent(row) for row in met if row.state == "pending"]
         for events_of in (due, free):
             needless = self.needless(events_of, conflated or {}, now, batch.covered)
-            batch.events += [event for event in sorted(events_of) if event.id not in needless]
+            batch.events += [event for event in sorted(events_of, key=attrgetter("id")) if event.id not in needless]
         return batch
 
     @staticmethod
@@ -162,7 +163,7 @@ class Memory:
         needless: set[int] = set()
         for aggregate in {event.aggregate for event in events if event.aggregate_type in conflated}:
             policy = conflated[aggregate[0]]
-            mine = sorted(event for event in events if event.aggregate == aggregate)
+            mine = sorted((event for event in events if event.aggregate == aggregate), key=attrgetter("id"))
             over = {event.id for event in mine if event.ending or expired(event, now, policy)}
             lasts = [event for event in mine if event.kind in {"snapshot", "tombstone"} and event.id not in over]
             superseded: list[int] = []
@@ -260,7 +261,7 @@ class Memory:
     def _sent(self, row: Row) -> Event:
         wait = self.waits.get(row.event.aggregate)
         tried = wait is not None and wait.hold.head_id == row.event.id and wait.hold.tries > 0
-        return row.event._replace(accepted=list(row.accepted) or None, ending=row.ending, tried=tried)
+        return replace(row.event, accepted=list(row.accepted) or None, ending=row.ending, tried=tried)
 
     def _hold(self, event: Event, outcome: Held, due_at: float) -> None:
         known = self.waits.get(event.aggregate)
