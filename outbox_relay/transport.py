@@ -21,6 +21,8 @@ import httpx
 from outbox_relay.event import boottime
 
 _CHUNK: Final = 256 * 1024
+_WITH_HEAD: Final = 64 * 1024
+"""A small request leaves in one piece with its head; of a large one it is not worth the copy."""
 _READ: Final = 64 * 1024
 _KEEP_ALIVE: Final = 10.0
 
@@ -55,8 +57,8 @@ class DeadlineTransport(httpx.BaseTransport):
         try:
             with _errors(httpx.WriteTimeout, httpx.WriteError):
                 content = memoryview(request.content)
-                connection.sendall(_head(request) + content[:_READ])
-                connection.sendall(content[_READ:])
+                connection.sendall(_head(request) + content[:_WITH_HEAD])
+                connection.sendall(content[_WITH_HEAD:])
             with _errors(httpx.ReadTimeout, httpx.ReadError):
                 response = http.client.HTTPResponse(connection, method=request.method)  # type: ignore[arg-type]
                 response.begin()
