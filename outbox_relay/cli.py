@@ -283,7 +283,8 @@ def _spare_the_collector() -> None:
     """Keep Python's collector from walking over all that was imported, and over the events, while they are delivered.
 
     They are in no cycles (tests/test_collector.py), so counting references frees them. Measured: a tenth to a fifth of
-    the relay's own time. `COLLECTED` is more than the batches of all workers hold; cycles come with new sessions.
+    the relay's own time, and a twelfth for the events. `COLLECTED` is more than the batches of all workers hold; cycles
+    come with new sessions.
     """
     gc.collect()
     gc.freeze()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -21,6 +20,7 @@ from tests.conftest import Connect
 from tests.support.gateway import Exchange, Gateway
 from tests.support.waiting import PATIENCE
 from tests.support.writing import write
+from tests.test_hostile_server import refusing
 
 BATCHES = 5
 
@@ -49,16 +49,11 @@ def broken_off(exchange: Exchange) -> None:
     exchange.hang_up()
 
 
-def refused(exchange: Exchange) -> None:
-    error = {"code": 102, "message": "unknown channel"}
-    exchange.answer(200, json.dumps({"replies": [{"error": error}] * len(exchange.commands)}).encode())
-
-
 @pytest.mark.parametrize(
     "fault",
     [
         None,
-        refused,
+        refusing({"code": 102, "message": "unknown channel"}),
         broken_off,
         Exchange.reset,
         Exchange.wait_for_client_to_leave,
