@@ -51,8 +51,8 @@ def test_what_is_a_fall() -> None:
     fallen = event(5, "a", 1)
     assert versions.falls([fallen, event(6, "a", 2)]) == [(fallen, 6)]
     assert versions.falls([event(4, "a", 6), event(1, "a", 5)]) == []
-    again = event(7, b, 1)
-    assert versions.falls([again]) == [(again, 3)]
+    sent_again, fell = event(4, "a", 6), event(7, b, 1)
+    assert versions.falls([sent_again, fell]) == [(fell, 3)]
     assert versions.falls([event(8, "a", 1, "f"), event(9, b, 1, "f")]) == []
     assert versions.falls([event(10, "a", 2, "f"), fell := event(11, "a", 1, "f")]) == [(fell, 2)]
 
