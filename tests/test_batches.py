@@ -61,6 +61,20 @@ def test_a_request_that_fails_ends_its_batch(
     assert states(connection) == {"delivered": 1, "pending": 2}
 
 
+def test_a_batch_starts_no_request_when_its_time_is_over(
+    connect: Connect, database_url: str, publisher: Publisher
+) -> None:
+    """But always one. What was sent is settled, and the rest waits for the next batch: no lane is locked for longer."""
+    connection = connect()
+    for name in "123":
+        write(connection, name, 1, "plain:a")
+    with Stepper(database_url, publisher, replace(ONE_BY_ONE, batch_time=0.0)) as steps:
+        for delivered in (1, 2, 3):
+            assert steps.step()
+            assert states(connection)["delivered"] == delivered
+        assert steps.journal.requests == [1, 1, 1]
+
+
 def test_suspects_that_fail_while_others_pass_stop_nobody(
     connect: Connect, database_url: str, gateway: Gateway, publisher: Publisher
 ) -> None:

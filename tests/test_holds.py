@@ -304,3 +304,17 @@ def test_what_a_hold_keeps_of_its_head(connect: Connect, database_url: str) -> N
     assert since == first
     assert at > at_first
     assert counts == [2, 1, True, "bad"]
+
+
+@pytest.mark.parametrize("error", ["bad", None])
+def test_what_the_hold_of_a_dead_event_says(connect: Connect, database_url: str, error: str | None) -> None:
+    """That nobody tries it: it waits for a person, and counts nothing."""
+    connection = connect()
+    write(connection, "1", 1, "plain:a")
+    with closing(Store(database_url)) as store, store.batch():
+        batch = store.read(store.claim(after=0, lanes=1).lanes, events=10, per_lane=10, max_bytes=10_000)
+        given_up = outcome.GivenUp("dead", error, wait=True)
+        store.settle([], [outcome.Settlement(batch.events[0], given_up, ())], batch.holds)
+    assert connection.execute("SELECT due_at = 'infinity', tries, attempts, error FROM outbox_hold").fetchall() == [
+        (True, 0, 0, error or "its head is dead")
+    ]

@@ -49,7 +49,7 @@ TESTS: Final[dict[str, str]] = {
     "hazards_database poison",
     "shared": "shared versions holds bundles outages outcomes",
     "relay": "batches lanes conflation gaps holds bundles hazards_settling cost_guard versions outages outcomes "
-    "versioned_channels",
+    "versioned_channels hazards_process runner",
     "runner": "runner watch batches outages metrics hazards_process",
 }
 # Loaded once, then shared by all runs; nothing of the project's own.
