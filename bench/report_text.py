@@ -73,6 +73,6 @@ This relay alone: one of two relays is killed or stopped while it holds lanes. P
 counts, from its INSERT to the subscriber; the p99 is over all victims of one run.""",
     "floor": """\
 What this relay is made of, without the relay: its own SQL statements, and ready-made batch posts, at once and alone.
-CPU times per event are those of the whole process, its start not included. No relay that talks to this Centrifugo over
-HTTP is faster than the posts alone; on Redis they ask for `parallel`, as the relay does there.""",
+CPU times per event are those of the whole process, its start not included. A relay that posts like that is no faster
+than the posts alone. On Redis they ask for `parallel`, as the relay does there.""",
 }
