@@ -233,11 +233,12 @@ def unpacked(publications: Sequence[Publication]) -> list[tuple[Fact, str]]:
 def test_a_hot_aggregate_travels_in_bundles(
     connect: Connect, database_url: str, server: Centrifugo, subscribe: Subscribe
 ) -> None:
-    """250 events of one order in three publications of three requests, in order; a single one is no bundle."""
+    """250 events of one order in three publications of three requests, in order; a single one is no bundle. A lane that
+    is alone may fill a batch as it is shipped."""
     connection, subscriber = connect(), subscribe("bundles:hot", server=server)
     with (
         Gateway(server.api_url) as gateway,
-        Stepper(database_url, publisher(gateway.url, server), OPTIONS) as steps,
+        Stepper(database_url, publisher(gateway.url, server), Options(wires=OPTIONS.wires)) as steps,
     ):
         with connection.transaction():
             committed = [write(connection, "1", version, "bundles:hot") for version in range(1, 251)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -84,14 +84,12 @@ class Floor:
         postgres = stack.enter_context(stage.postgres())
         template = stage.template(postgres, "floor", partial(load.fill_ours, events=events, namespace="plain"))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        commands = _commands(postgres.url(), events)
+        plain, parallel = folder / "plain", folder / "parallel"
+        _write_bodies(plain, postgres.url(), events)
+        _write_bodies(parallel, postgres.url(), events, parallel=True)
         binary = find_or_build()
-        memory = _Posts(centrifugo=binary, bodies=_write(folder / "plain", commands))
-        redis = _Posts(
-            centrifugo=binary,
-            bodies=_write(folder / "parallel", commands, parallel=True),
-            redis=stack.enter_context(Redis()),
-        )
+        memory = _Posts(centrifugo=binary, bodies=plain)
+        redis = _Posts(centrifugo=binary, bodies=parallel, redis=stack.enter_context(Redis()))
         measure = _Parts(postgres=postgres, template=template, events=events).measure
         kept = {"threads": THREADS, "statements": "the relay's own: claim, read, settle; rows kept"}
         deleted = {**kept, "statements": "the relay's own: claim, read, settle; rows deleted"}
@@ -126,16 +124,12 @@ class Floor:
         ]
 
 
-def _commands(url: str, events: int) -> list[dict[str, Any]]:
-    return [{"publish": orjson.loads(text)} for text in load.requests(url, events, "plain")]
-
-
-def _write(path: Path, commands: Sequence[Mapping[str, Any]], **options: bool) -> Path:
+def _write_bodies(path: Path, url: str, events: int, **options: bool) -> None:
     """Ready-made requests of Centrifugo's `/api/batch`, one a line, as compact as the relay's."""
+    commands = [{"publish": orjson.loads(text)} for text in load.requests(url, events, "plain")]
     with path.open("wb") as file:
-        for start in range(0, len(commands), REQUEST_EVENTS):
+        for start in range(0, events, REQUEST_EVENTS):
             file.write(orjson.dumps({"commands": commands[start : start + REQUEST_EVENTS], **options}) + b"\n")
-    return path
 
 
 SCENARIO = Floor()
