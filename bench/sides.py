@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -80,6 +81,17 @@ class OurRelay:
     @property
     def pids(self) -> list[int]:
         return [process.pid for process in self.processes]
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Its processes do nothing inside the `with` block, and go on after it."""
+        for process in self.processes:
+            process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for process in self.processes:
+                process.send_signal(signal.SIGCONT)
 
     def start_another(self) -> subprocess.Popen[bytes]:
         """One process more, for instance in the place of one that was killed."""

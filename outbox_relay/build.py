@@ -18,6 +18,7 @@ from outbox_relay.outcome import Policy
 from outbox_relay.packing import Limits, Wire, Wires
 from outbox_relay.runner import Relay
 from outbox_relay.shared import Observer
+from outbox_relay.start_hint import SharedHint
 from outbox_relay.store import Store
 
 
@@ -55,11 +56,13 @@ def _backlog(settings: Settings) -> Mapping[str, float | None]:
 
 def build_relay(settings: Settings, observer: Observer | None = None) -> Relay:
     """A relay that has not been started. Raises `ConfigError`."""
-    return Relay(partial(build_store, settings), partial(build_publisher, settings), options(settings), observer)
+    return Relay(
+        partial(build_store, settings, SharedHint()), partial(build_publisher, settings), options(settings), observer
+    )
 
 
-def build_store(settings: Settings) -> Store:
-    """Connect to the database. Raises `ConfigError` and `DatabaseUnavailableError`."""
+def build_store(settings: Settings, share: SharedHint | None = None) -> Store:
+    """Connect to the database, as one of those that `share`. Raises `ConfigError` and `DatabaseUnavailableError`."""
     config.need(settings, "database_url")
     return Store(
         settings.database_url.get_secret_value() if settings.database_url else "",
@@ -68,6 +71,7 @@ def build_store(settings: Settings) -> Store:
         batch_time=settings.batch_time,
         keep_delivered=settings.keep > 0,
         wake_up=settings.wake_up,
+        share=share,
     )
 
 

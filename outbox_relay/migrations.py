@@ -86,7 +86,10 @@ INSERT INTO {schema}.outbox_lane (lane) SELECT pg_catalog.generate_series(0, 255
 CREATE TABLE {schema}.outbox_hold (
     aggregate_type text NOT NULL,
     aggregate_id text NOT NULL,
-    lane smallint NOT NULL,
+    -- Order rests on it, so nobody else may say it, nor a dump from where texts are hashed otherwise.
+    lane smallint NOT NULL GENERATED ALWAYS AS (
+        (pg_catalog.hashtextextended(aggregate_type || '/' || aggregate_id, 0::bigint) & 255::bigint)::smallint
+    ) STORED,
     due_at timestamptz NOT NULL,
     head_id bigint NOT NULL,
     tries integer NOT NULL,
@@ -223,7 +226,8 @@ CREATE TRIGGER outbox_written
     BEFORE INSERT OR UPDATE OF aggregate_type, aggregate_id, version, channels, payload, tags, base_version, expires_at
     ON {schema}.outbox FOR EACH ROW EXECUTE FUNCTION {schema}.outbox_written();
 
--- Relays remember below which id nothing is pending. An event that is put back says that this is no longer so.
+-- Relays remember, by lane, below which id nothing is pending. An event that is put back, or into another lane, says
+-- that this is no longer so.
 CREATE SEQUENCE {schema}.outbox_generation;
 
 CREATE FUNCTION {schema}.outbox_put_back() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
@@ -235,8 +239,10 @@ END
 $$;
 
 CREATE TRIGGER outbox_put_back
-    AFTER UPDATE OF state ON {schema}.outbox FOR EACH ROW
-    WHEN (NEW.state = 'pending' AND OLD.state <> 'pending') EXECUTE FUNCTION {schema}.outbox_put_back();
+    AFTER UPDATE OF state, aggregate_type, aggregate_id ON {schema}.outbox FOR EACH ROW
+    WHEN (NEW.state = 'pending' AND (OLD.state <> 'pending' OR NEW.aggregate_type <> OLD.aggregate_type
+                                     OR NEW.aggregate_id <> OLD.aggregate_id))
+    EXECUTE FUNCTION {schema}.outbox_put_back();
 """
 
 _V1_DOWN = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import select
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, LiteralString, NamedTuple
 
@@ -192,8 +192,3 @@ class Session:
 class _Prepared(NamedTuple):
     name: str
     parameters: tuple[str, ...]
-
-
-def bigints(ids: Sequence[int]) -> str:
-    """An array as PostgreSQL reads it: a tenth of what psycopg takes to write a list of a thousand."""
-    return f"{{{','.join(map(str, ids))}}}"

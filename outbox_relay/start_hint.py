@@ -10,32 +10,51 @@ hold that lock then are waited for, and what is pending after that is all that w
 event back draws from a sequence of its own while holding that lock: a hint from before that is void. So is every hint
 where sessions reserve ids ahead, whose lower ones may come at any time.
 
+In between, who delivers what it has read of a lane knows where that lane's next pending event is: below what is decided
+as above there is nothing else. The sessions of one relay tell each other, because they take turns at the lanes.
+
 A hold that is due and not found costs no order, only time: what is known of them is less certain, and asked anew.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, Final, LiteralString, NamedTuple
 
 import psycopg
 
+from outbox_relay.database import bigints
 from outbox_relay.event import boottime
 
+LANES: Final = 256
+_HIGHEST: Final = 2**63 - 1
 RENEW_EVERY: Final = 0.25
-"""Seconds. Between two renewals the events of that time are walked over, then no more.
+"""Seconds. What came or was settled otherwise than by this relay is walked over between two renewals, then no more.
 
 A new session walks over everything, so its first renewals follow each other faster: after a 32nd of that, a 16th, ...
 """
 
+MANY: Final = 2_000
+"""Events. After so many above what is decided the hint is renewed at once."""
+SOME: Final = 256
+"""Events. After so many it is where lanes without events are passed."""
+
 GENERATION: Final = "(SELECT last_value + is_called::int FROM {outbox_generation})"
 START: Final = f"CASE WHEN {GENERATION} = %(generation)s THEN %(start)s::bigint ELSE 0 END"
-"""Where to start, in any statement with the hint's `parameters`."""
+"""Where to start in all lanes, in any statement with the hint's `parameters`."""
+_START_IN: Final = START.replace("%(start)s", "coalesce((%(starts)s::bigint[])[{lane} + 1], %(start)s)")
+
+# Whatever makes two servers, or two histories, one connection after the other.
+_SERVER: Final = "SELECT {outbox_epoch}(), pg_postmaster_start_time()"
 
 DUE_ANEW: Final = 5.0
-"""Seconds until all due holds are looked at again, and that much earlier than the longest due one they are looked for:
-a hold that is written now is due from its statement on, and there for others from its commit on."""
+"""Seconds until all due holds are looked at again."""
+DUE_EARLIER: Final = 1.0
+"""Seconds. So much earlier than the longest due one they are looked for: a hold that is written now is due from its
+statement on, and there for others from its commit on."""
 IS_DUE: Final = "due_at BETWEEN to_timestamp(%(due_since)s::float8) AND statement_timestamp()"
 """Whether a hold is due, in any statement with the hint's `parameters`."""
 
@@ -48,8 +67,9 @@ SELECT date_part('epoch', coalesce(
 DRAWN: Final = "(SELECT last_value - 1 + is_called::int FROM {outbox_id_seq})"
 """The highest id that is drawn, as a statement that is run anyway can learn it."""
 
+# A standby does not know who writes on the primary, and may be one later.
 _STATE: Final = """
-SELECT {generation}, (
+SELECT {generation}, pg_is_in_recovery() OR (
     SELECT r.seqcache > 1 FROM {outbox_id_seq} AS s JOIN pg_sequence AS r ON r.seqrelid = s.tableoid)
 """.replace("{generation}", GENERATION)
 
@@ -62,21 +82,28 @@ WHERE l.locktype = 'relation' AND l.relation = %(table)s::regclass AND l.mode = 
   AND l.pid IS DISTINCT FROM pg_backend_pid()
 """
 
+# From where the last look found the first one, so that all that was settled since is passed once: what is dead to all
+# PostgreSQL then takes out of the index before long.
 _OLDEST: Final = """
-SELECT min(oldest.id)
+SELECT c.lane, oldest.id
 FROM {outbox_lane} AS c CROSS JOIN LATERAL (
     SELECT o.id FROM {outbox} AS o
-    WHERE {lane} BETWEEN c.lane AND c.lane AND o.id >= {start} AND o.state = 'pending'
+    WHERE {lane} BETWEEN c.lane AND c.lane AND o.id >= {swept} AND o.state = 'pending'
     ORDER BY {lane}, o.id LIMIT 1) AS oldest
-""".replace("{start}", START)
+""".replace("{swept}", START.replace("%(start)s", "%(swept)s"))
 
 
 def hinted(query: LiteralString) -> LiteralString:
     """A statement that starts where the hint's `parameters` say: from {start} on, with holds that are {is_due}.
 
-    {drawn} is the highest id that is drawn.
+    {drawn} is the highest id that is drawn. In one lane there may be more to skip: see `start_in`.
     """
     return query.replace("{start}", START).replace("{is_due}", IS_DUE).replace("{drawn}", DRAWN)
+
+
+def start_in(lane: LiteralString) -> LiteralString:
+    """Where to start in a lane, in any statement with the hint's `parameters`."""
+    return _START_IN.replace("{lane}", lane)
 
 
 Execute = Callable[..., psycopg.Cursor[Any]]
@@ -90,59 +117,188 @@ class _Awaited(NamedTuple):
     writers: frozenset[str]
 
 
+class Seen(NamedTuple):
+    """What was read of some lanes: the pending events, as lane and id, in the order of their ids.
+
+    At most `quota` of each lane, its first ones; and of all these so many, the first ones, as the bytes allowed.
+    """
+
+    lanes: Sequence[int]
+    quota: int
+    events: Sequence[tuple[int, int]]
+
+    def left(self, delivered: Set[int]) -> dict[int, int]:
+        """By lane, below which id nothing is left of what was pending."""
+        # Whatever else is pending in a lane of less than its quota comes after all that was read.
+        starts = dict.fromkeys(self.lanes, self.events[-1][1] + 1 if self.events else _HIGHEST)
+        counts = Counter([lane for lane, _ in self.events])
+        starts |= {lane: id_ + 1 for lane, id_ in self.events if counts[lane] >= self.quota}
+        starts |= {lane: id_ for lane, id_ in reversed(self.events) if id_ not in delivered}
+        return starts
+
+
+class Known:
+    """What the sessions of a relay with one server have found out, under one generation.
+
+    Whatever is written here is true and stays so. So threads need no lock: where two write at once one may be
+    forgotten, which costs time.
+    """
+
+    def __init__(self, generation: int = 0, drawn: int = 0) -> None:
+        self.generation = generation
+        self.drawn = drawn
+        self.decided = 1
+        self.read = 0
+        self.swept = 1
+        self.awaited: _Awaited | None = None
+        self.renewed_at = 0.0
+        self.pause = RENEW_EVERY / 32
+        self.replaced_by: Known | None = None
+        self._starts = [1] * LANES
+        self._written: tuple[int, str] | None = (1, "{}")
+
+    @property
+    def starts(self) -> tuple[int, str]:
+        """Where all lanes start, and where each one does as PostgreSQL reads an array: empty where that is the same."""
+        written = self._written
+        if written is None:
+            starts = self._starts.copy()
+            start = min(starts)
+            written = self._written = (start, bigints(starts) if max(starts) > start else "{}")
+        return written
+
+    def looked(self, oldest: Mapping[int, int], decided: int) -> None:
+        """Below `decided` nothing is to come, and these are the oldest pending events, by lane."""
+        self.decided = max(self.decided, decided)
+        self.rise((lane, min(oldest.get(lane, decided), decided)) for lane in range(LANES))
+        self._written = None  # what another thread had copied before it rose would stay, where nothing rises any more
+        self.swept = self.starts[0]
+
+    def rise(self, starts: Iterable[tuple[int, int]]) -> None:
+        """Nothing is pending in these lanes below these ids, and nothing is to come."""
+        for lane, start in starts:
+            if start > self._starts[lane]:
+                self._starts[lane] = start
+                self._written = None
+
+
+class SharedHint:
+    """What is known to all sessions of a relay.
+
+    None is used that is older than a session which uses it: behind a new connection there may be another history,
+    where a server has crashed, say, or another one has taken over. So with each session that comes they begin anew.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._server: object = None
+        self._latest = Known()
+
+    def join(self, server: object) -> Known:
+        """Begin anew, for a session that has come and for all others with the same `server`."""
+        with self._lock:
+            known = Known()
+            if server == self._server:
+                self._latest.replaced_by = known
+            self._server, self._latest = server, known
+        return known
+
+    def replace(self, known: Known, by: Known) -> None:
+        """Let others find the new one, unless they have begun anew: then whoever has it finds theirs, the next time."""
+        with self._lock:
+            if known.replaced_by is None:
+                known.replaced_by = by
+                self._latest = by if self._latest is known else self._latest
+            else:
+                by.replaced_by = known.replaced_by
+
+
 class StartHint:
-    """One session's hints. Never carried to another one: behind a new connection there may be another history.
+    """One session's hints.
 
     `execute` runs a statement with named parameters and a snapshot of its own; `table` is the outbox's quoted name.
     Unless `usable`, they stay at the start: behind a pooler one session may be several.
     """
 
-    def __init__(self, execute: Execute, table: str, *, usable: bool) -> None:
+    def __init__(self, execute: Execute, table: str, shared: SharedHint, *, usable: bool) -> None:
         self._execute = execute
         self._table = table
+        self._shared = shared
         self._usable = usable
-        self._start = 1
-        self._generation = 0
-        self._drawn = 0
-        self._awaited: _Awaited | None = None
-        self._renewed_at = 0.0
-        self._pause = RENEW_EVERY / 32
+        self._known = Known()
+        self._joined = False
+        self._decided = 1
         self._due_since = -math.inf
         self._due_asked_at = -math.inf
 
     @property
-    def parameters(self) -> dict[str, float]:
-        return {"start": self._start, "generation": self._generation, "due_since": self._due_since}
+    def parameters(self) -> dict[str, float | str]:
+        start, starts = self._known.starts
+        generation = self._known.generation
+        return {"start": start, "starts": starts, "generation": generation, "due_since": self._due_since}
 
-    def drawn(self, last_id: int) -> None:
-        """Take note that all ids up to this one are drawn: an event that has it was read, or its sequence says so."""
-        self._drawn = max(self._drawn, last_id)
+    def drawn(self, last_id: int, events: int = 0) -> None:
+        """Take note that all ids up to this one are drawn: so many events were read, or their sequence says so."""
+        self._known.drawn = max(self._known.drawn, last_id)
+        self._known.read += events
 
-    def renew(self) -> None:
+    def left(self, starts: Mapping[int, int]) -> None:
+        """Take note that of what was pending since the last `renew`, nothing is left in these lanes below these ids."""
+        self._known.rise((lane, min(start, self._decided)) for lane, start in starts.items())
+
+    def renew(self, *, sparse: bool = True) -> None:
         """Raise the hints where that is due: that of the holds every five seconds, that of the events where it is safe.
 
-        The latter at most four times a second, while ids are drawn.
+        The latter four times a second, at first more often, and after many events. `sparse`: not all lanes have some.
         """
-        if self._usable and boottime() - self._due_asked_at > DUE_ANEW:
-            self._due_asked_at = boottime()
-            self._due_since = self._ask(_LONGEST_DUE)[0] - DUE_ANEW
-        if not self._usable or self._start > self._drawn or boottime() - self._renewed_at < self._pause:
+        if not self._usable:
             return
-        self._renewed_at = boottime()
-        self._pause = min(RENEW_EVERY, 2 * self._pause)
-        generation, reserved = self._ask(_STATE)
-        if reserved:
-            self._start, self._awaited = 1, None
+        if boottime() - self._due_asked_at > DUE_ANEW:
+            self._due_asked_at = boottime()
+            self._due_since = self._ask(_LONGEST_DUE)[0] - DUE_EARLIER
+        while self._known.replaced_by is not None:
+            self._known = self._known.replaced_by
+        known = self._known
+        drawn = known.drawn
+        many = known.read >= SOME if sparse else known.read >= MANY and drawn >= known.decided
+        due = many or boottime() - known.renewed_at >= known.pause
+        if due and known.starts[0] <= drawn:
+            if not self._joined:
+                known = self._known = self._shared.join(self._ask(_SERVER))
+                self._joined = True
+            known.read = 0
+            known.renewed_at = boottime()
+            known.pause = min(RENEW_EVERY, 2 * known.pause)
+            self._look(known, drawn)
+        self._decided = self._known.decided
+
+    def _look(self, known: Known, drawn: int) -> None:
+        # Before the writers are asked for: an id that another session reads after that, and writers that it waits for
+        # then, have nothing to do with those.
+        below, awaited = min(drawn + 1, _HIGHEST), known.awaited
+        generation, unknowable = self._ask(_STATE)
+        # Only now: the session is still there, so what it had read before others came is true for them, too.
+        known.drawn = max(known.drawn, drawn)
+        if unknowable:
+            self._replace(0)
             return
         writers = frozenset(self._ask(_WRITERS, table=self._table)[0] or ())
-        latest = _Awaited(self._drawn + 1, generation, writers)
-        awaited = self._awaited if self._awaited and writers else latest
-        if awaited.writers.isdisjoint(writers):
-            oldest = self._ask(_OLDEST, **self.parameters)[0]
-            self._start = awaited.below if oldest is None else min(oldest, awaited.below)
-            self._generation = awaited.generation
+        latest = _Awaited(below, generation, writers)
+        if awaited is None or not writers:
             awaited = latest
-        self._awaited = awaited
+        if awaited.writers.isdisjoint(writers):
+            oldest = dict(self._execute(_OLDEST, swept=known.swept, generation=known.generation).fetchall())
+            if awaited.generation != known.generation:
+                self._replace(awaited.generation)
+            self._known.looked(oldest, awaited.below)
+            awaited = latest
+        self._known.awaited = awaited
+
+    def _replace(self, generation: int) -> None:
+        """What was known is void."""
+        void, self._known = self._known, Known(generation, self._known.drawn)
+        self._known.renewed_at, self._known.pause = void.renewed_at, void.pause
+        self._shared.replace(void, self._known)
 
     def _ask(self, query: LiteralString, **parameters: Any) -> tuple[Any, ...]:
         row: tuple[Any, ...] = self._execute(query, **parameters).fetchall()[0]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, NamedTuple
 
@@ -17,11 +18,10 @@ from psycopg import errors
 
 from outbox_relay import conflation
 from outbox_relay.conflation import Covered, Took, kept
-from outbox_relay.database import DatabaseUnavailableError, one_line
+from outbox_relay.database import DatabaseUnavailableError, bigints, one_line
 from outbox_relay.event import Clock, Event, Hold, boottime
 from outbox_relay.outcome import SUPERSEDED, GivenUp, Held, Owed, Policy, Settlement
-from outbox_relay.session import bigints
-from outbox_relay.start_hint import StartHint, hinted
+from outbox_relay.start_hint import Seen, SharedHint, StartHint, hinted, start_in
 from outbox_relay.upkeep import Upkeep
 
 SWEEP: Final = 10_000
@@ -63,14 +63,25 @@ _DUE_COLUMNS: Final = f"""{_FIELDS}, coalesce(id = head_id AND tries > 0, false)
     hold_type, hold_id, head_id, tries, attempts, alone,
     date_part('epoch', first_refused_at), date_part('epoch', refused_at)"""
 
-# The first lane after {lane_before}, up to part.high, that has pending events. Here and below the lane is asked for as
-# a range: only the index by lane has this order. With `=` the planner may walk through another one instead, where
-# statistics say that most rows are in that lane.
-_NEXT_PENDING: Final = hinted("""
-    (SELECT {lane} FROM {outbox} AS o
-     WHERE {lane} > {lane_before} AND {lane} <= part.high AND o.id >= {start} AND o.state = 'pending'
-     ORDER BY {lane}, o.id LIMIT 1)
+# The first lane after `lane`, up to part.high, that has pending events. Where lanes have starts of their own the very
+# next one is looked at from there, before the others. Here and below the lane is asked for as a range: only the index
+# by lane has this order. With `=` the planner may walk through another one instead, where statistics say that most rows
+# are in one lane.
+_NEXT_PENDING: Final = (
+    hinted("""
+    coalesce(
+        (SELECT {lane} FROM {outbox} AS o
+         WHERE {own_starts} > 0 AND lane < part.high
+           AND {lane} BETWEEN lane + 1 AND lane + 1 AND o.id >= {start_in} AND o.state = 'pending'
+         ORDER BY {lane}, o.id LIMIT 1),
+        (SELECT {lane} FROM {outbox} AS o
+         WHERE {lane} > lane + least({own_starts}, 1) AND {lane} <= part.high
+           AND o.id >= {start} AND o.state = 'pending'
+         ORDER BY {lane}, o.id LIMIT 1))
 """)
+    .replace("{start_in}", start_in("lane + 1"))
+    .replace("{own_starts}", "cardinality(%(starts)s::bigint[])")
+)
 
 # From one busy lane to the next, so that a single event costs a few buffers, round the circle of lanes. The next lane
 # with pending events is looked for once: between two of them may be many that only have a hold among those longest due.
@@ -100,21 +111,27 @@ CROSS JOIN LATERAL (
     SELECT c.lane FROM {outbox_lane} AS c WHERE c.lane = busy.lane FOR NO KEY UPDATE SKIP LOCKED
 ) AS l
 LIMIT %(limit)s
-""").replace("{next_pending}", _NEXT_PENDING.replace("{lane_before}", "lane"))
+""").replace("{next_pending}", _NEXT_PENDING)
 
-_PENDING: Final = hinted("""
-    FROM unnest(%(lanes)s::smallint[]) AS l(lane)
+_PENDING: Final = """
+    FROM (
+        SELECT lane, CASE WHEN (SELECT true FROM {outbox_hold} LIMIT 1) THEN (
+            SELECT true FROM {outbox_hold} AS h WHERE h.lane BETWEEN lanes.lane AND lanes.lane
+            ORDER BY h.lane DESC, h.due_at DESC LIMIT 1) END AS has_hold
+        FROM unnest(%(lanes)s::smallint[]) AS lanes(lane)
+        OFFSET 0
+    ) AS l
     CROSS JOIN LATERAL (
         SELECT l.lane, o.* FROM {outbox} AS o
-        WHERE {lane} BETWEEN l.lane AND l.lane AND o.id >= {start} AND o.state = 'pending'
+        WHERE {lane} BETWEEN l.lane AND l.lane AND o.id >= {start_in} AND o.state = 'pending'
         ORDER BY {lane}, o.id LIMIT %(quota)s
     ) AS e
-""")
+""".replace("{start_in}", start_in("l.lane"))
 
-# Not a join: whatever the statistics say, a scalar subquery is one probe of the primary key. Where nothing is on hold
-# there is none.
+# Not a join: whatever the statistics say, a scalar subquery is one probe of the primary key. In a lane where nothing is
+# on hold there is none.
 _IS_HELD: Final = """
-    CASE WHEN (SELECT true FROM {outbox_hold} LIMIT 1) THEN (
+    CASE WHEN l.has_hold THEN (
         SELECT true FROM {outbox_hold} AS h
         WHERE h.aggregate_type = e.aggregate_type AND h.aggregate_id = e.aggregate_id) END
 """
@@ -163,18 +180,18 @@ _KEPT_DUE: Final = kept(f"h.lane, NULL AS held, {_HOLD_COLUMNS} {_DUE}", _DUE_CO
 
 _PARK: Final = "UPDATE {outbox} SET state = 'parked' WHERE id = ANY(%(ids)s::bigint[]) AND state = 'pending'"
 
-_SWEEP: Final = hinted("""
+_SWEEP: Final = """
 UPDATE {outbox} AS p SET state = 'parked'
 FROM unnest(%(lanes)s::smallint[]) AS l(lane)
 CROSS JOIN LATERAL (
     SELECT o.id, o.aggregate_type, o.aggregate_id FROM {outbox} AS o
-    WHERE {lane} BETWEEN l.lane AND l.lane AND o.id >= {start} AND o.state = 'pending'
+    WHERE {lane} BETWEEN l.lane AND l.lane AND o.id >= {start_in} AND o.state = 'pending'
     ORDER BY {lane}, o.id LIMIT %(limit)s
 ) AS met
 WHERE p.id = met.id AND p.state = 'pending'
   AND (SELECT true FROM {outbox_hold} AS h
        WHERE h.aggregate_type = met.aggregate_type AND h.aggregate_id = met.aggregate_id)
-""")
+""".replace("{start_in}", start_in("l.lane"))
 
 _DELIVERED: Final = """
 UPDATE {outbox} SET state = 'delivered', settled_at = clock_timestamp(), accepted = NULL, error = NULL
@@ -204,13 +221,13 @@ _ACCEPTED: Final = "UPDATE {outbox} SET accepted = %(accepted)s::text[] WHERE id
 
 _HOLD: Final = """
 INSERT INTO {outbox_hold} AS h
-    (aggregate_type, aggregate_id, lane, head_id, due_at, tries, attempts, alone, first_refused_at, refused_at, error)
-SELECT s.type, s.aggregate, s.lane, s.id,
+    (aggregate_type, aggregate_id, head_id, due_at, tries, attempts, alone, first_refused_at, refused_at, error)
+SELECT s.type, s.aggregate, s.id,
        CASE WHEN s.delay < 'infinity' THEN clock_timestamp() + s.delay * interval '1 second' ELSE 'infinity' END,
        s.tries, s.attempts, s.alone, clock_timestamp(), clock_timestamp(), s.error
-FROM unnest(%(types)s::text[], %(aggregates)s::text[], %(lanes)s::smallint[], %(ids)s::bigint[],
+FROM unnest(%(types)s::text[], %(aggregates)s::text[], %(ids)s::bigint[],
             %(delays)s::float8[], %(tries)s::int[], %(attempts)s::int[], %(alone)s::bool[], %(errors)s::text[])
-     AS s(type, aggregate, lane, id, delay, tries, attempts, alone, error)
+     AS s(type, aggregate, id, delay, tries, attempts, alone, error)
 ON CONFLICT (aggregate_type, aggregate_id) DO UPDATE SET
     due_at = excluded.due_at, tries = excluded.tries, attempts = excluded.attempts, alone = excluded.alone,
     error = excluded.error, refused_at = excluded.refused_at, head_id = excluded.head_id,
@@ -218,7 +235,7 @@ ON CONFLICT (aggregate_type, aggregate_id) DO UPDATE SET
                             ELSE excluded.first_refused_at END
 """
 
-_HELD_COLUMNS: Final = "types aggregates lanes ids endings reasons delays tries attempts alone errors".split()  # noqa: SIM905
+_HELD_COLUMNS: Final = "types aggregates ids endings reasons delays tries attempts alone errors".split()  # noqa: SIM905
 
 # The hold ends when nothing of the aggregate is parked any more; else its next event is due now, as a new head.
 _RELEASE: Final = """
@@ -254,24 +271,38 @@ SELECT (SELECT true FROM {outbox} AS o WHERE o.id >= {start} AND o.state = 'pend
 class Store(Upkeep):
     """One worker's session with the outbox, and what delivers events.
 
-    Takes what `Session` takes; without `keep_delivered` a delivered event's row is deleted.
+    Takes what `Session` takes; without `keep_delivered` a delivered event's row is deleted. The stores of one relay
+    `share` what they know.
     """
 
-    def __init__(self, database_url: str, *, keep_delivered: bool = True, **options: Any) -> None:
+    def __init__(
+        self, database_url: str, *, keep_delivered: bool = True, share: SharedHint | None = None, **options: Any
+    ) -> None:
         super().__init__(database_url, **options)
         self._delivered = _DELIVERED if keep_delivered else _DELIVERED_AND_DELETED
         self._superseded = _SUPERSEDED if keep_delivered else _DELIVERED_AND_DELETED
         self._window = conflation.WINDOW
-        self._hint = StartHint(self.execute, self.table, usable=self.direct)
+        self._hint = StartHint(self.execute, self.table, share or SharedHint(), usable=self.direct)
+        self._sparse = True
+        self._seen: Seen | None = None
+        self._left: Mapping[int, int] = {}
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        self._seen, self._left = None, {}
+        with super().batch():
+            yield
+        self._hint.left(self._left)
 
     def claim(self, after: int, lanes: int) -> Claim:
         """Lock up to `lanes` lanes with something to do, the first one after lane `after`.
 
         The lock is a statement of its own: what it waited for is seen by the next statement's fresh snapshot.
         """
-        self._hint.renew()
+        self._hint.renew(sparse=self._sparse)
         bounds: dict[str, float | str] = {"after": after, "limit": lanes, "holds": DUE_HOLDS, **self._hint.parameters}
         rows = self.execute_with_waiting(_CLAIM, bounds).fetchall()
+        self._sparse = len(rows) < lanes
         clock = Clock(rows[0][2] if rows else 0.0, boottime())
         return Claim([Lane(lane, due) for lane, due, _ in rows], clock)
 
@@ -306,6 +337,9 @@ class Store(Upkeep):
                 if row[_ID] is not None:
                     batch.events.append(Event(*row[: len(_EVENT)]))
         rows = self.execute(pending, lanes=[lane.lane for lane in lanes], quota=quota * window, **bounds).fetchall()
+        if not conflated:
+            self._seen = Seen([lane.lane for lane in lanes], quota, [(row[_LANE], row[_ID]) for row in rows])
+            self._left = self._seen.left(set())
         self._take(batch, conflation.uncovered(rows, batch.covered) if conflated else rows, quota * window)
         self._window = conflation.next_window(window, len(batch.events), batch.covered.values())
         return batch
@@ -313,7 +347,7 @@ class Store(Upkeep):
     def _take(self, batch: Batch, rows: Sequence[tuple[Any, ...]], quota: int) -> None:
         """Put what was read of the pending events into the batch; what came without its payload is held, and parked."""
         if rows:
-            self._hint.drawn(rows[-1][_ID])
+            self._hint.drawn(rows[-1][_ID], len(rows))
         held: dict[int, list[int]] = {}
         for row in rows:
             if row[_PAYLOAD] is None:
@@ -349,6 +383,8 @@ class Store(Upkeep):
         And the ends of those that others stood for, which are counted by state. It happens behind a savepoint, so that
         the lanes stay locked whatever happens to the statements.
         """
+        if self._seen is not None:
+            self._left = self._seen.left(set(delivered))
         left = SETTLE_TRIES
         while True:
             self.send_with_next("SAVEPOINT settle")
@@ -385,7 +421,7 @@ class Store(Upkeep):
         held = [(s.event, *hold) for s in refused if (hold := _hold(s))]
         if held:
             rows = [
-                (*e.aggregate, e.lane, e.id, ending, reason, h.delay, h.tries, h.attempts, h.alone, h.error)
+                (*e.aggregate, e.id, ending, reason, h.delay, h.tries, h.attempts, h.alone, h.error)
                 for e, ending, reason, h in held
             ]
             columns = dict(zip(_HELD_COLUMNS, map(list, zip(*rows, strict=True)), strict=True))

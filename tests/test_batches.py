@@ -279,9 +279,9 @@ def test_several_due_holds_are_work(connect: Connect, database_url: str) -> None
     with closing(Store(database_url)) as store:
         assert not store.anything_to_do()
         connect().execute(
-            "INSERT INTO outbox_hold (aggregate_type, aggregate_id, lane, head_id, due_at, tries, attempts, "
+            "INSERT INTO outbox_hold (aggregate_type, aggregate_id, head_id, due_at, tries, attempts, "
             "first_refused_at, refused_at) "
-            "SELECT 'order', n, 0, n, now(), 1, 0, now(), now() FROM generate_series(1, 3) n"
+            "SELECT 'order', n, n, now(), 1, 0, now(), now() FROM generate_series(1, 3) n"
         )
         assert store.anything_to_do()
 

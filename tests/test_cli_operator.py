@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from outbox_relay import config
 from outbox_relay.cli import app
 from tests.conftest import Connect, RunRelay
-from tests.support.writing import LANE, Connection, states
+from tests.support.writing import Connection, states
 
 OK, PROBLEM, USAGE = 0, 1, 2
 
@@ -102,9 +102,9 @@ def add(connection: Connection, state: str, aggregate: str = "1", *, days: int =
 
 def hold(connection: Connection, head: int, due: str = "2031-01-01") -> None:
     connection.execute(
-        "INSERT INTO outbox_hold (aggregate_type, aggregate_id, lane, head_id, due_at, tries, attempts, "
+        "INSERT INTO outbox_hold (aggregate_type, aggregate_id, head_id, due_at, tries, attempts, "
         "                         first_refused_at, refused_at, error) "
-        f"SELECT aggregate_type, aggregate_id, {LANE}, id, %s, 5, 2, now(), now(), 'refused' FROM outbox WHERE id = %s",
+        "SELECT aggregate_type, aggregate_id, id, %s, 5, 2, now(), now(), 'refused' FROM outbox WHERE id = %s",
         (due, head),
     )
 

@@ -26,7 +26,7 @@ from tests.support.memory import Memory
 from tests.support.relays import drain
 from tests.support.stepping import Stepper
 from tests.support.subscriber import Subscriber
-from tests.support.writing import LANE, Connection, states
+from tests.support.writing import Connection, states
 
 Subscribe = Callable[..., Subscriber]
 
@@ -70,10 +70,10 @@ def put(connection: Connection, rows: Sequence[Row]) -> None:
              row.expires_at, row.replay, row.created_at),
         )  # fmt: skip
     connection.execute(
-        "INSERT INTO outbox_hold (aggregate_type, aggregate_id, lane, head_id, due_at, tries, attempts, "
+        "INSERT INTO outbox_hold (aggregate_type, aggregate_id, head_id, due_at, tries, attempts, "
         "first_refused_at, refused_at) "
-        f"SELECT aggregate_type, aggregate_id, {LANE}, min(id), '-infinity', 1, 0, now(), now() "
-        "FROM outbox WHERE state = 'parked' GROUP BY 1, 2, 3"
+        "SELECT aggregate_type, aggregate_id, min(id), '-infinity', 1, 0, now(), now() "
+        "FROM outbox WHERE state = 'parked' GROUP BY 1, 2"
     )
 
 

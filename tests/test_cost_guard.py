@@ -95,7 +95,8 @@ def nothing_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pruning comes once a second, the start hint every quarter, a question after a slow batch: how often, would depend
     on the machine."""
     monkeypatch.setattr(upkeep, "PRUNE_EVERY", float("inf"))
-    monkeypatch.setattr(start_hint, "RENEW_EVERY", float("inf"))
+    for setting in ("RENEW_EVERY", "MANY", "SOME"):
+        monkeypatch.setattr(start_hint, setting, float("inf"))
     monkeypatch.setattr(runner, "ALONE", float("inf"))
 
 

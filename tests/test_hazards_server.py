@@ -168,6 +168,21 @@ def test_hazard_17_a_session_on_a_standby_publishes_nothing(primary: Postgres) -
             store.claim(after=0, lanes=256)
 
 
+def test_hazard_17_a_standby_does_not_know_below_which_id_nothing_is_to_come(primary: Postgres) -> None:
+    """Who writes on the primary holds no lock there, and the session is still the same once it is promoted."""
+    with psycopg.connect(primary.url(), autocommit=True) as connection:
+        for version in (1, 2):
+            write(connection, "1", version, "plain:a")
+        connection.execute("UPDATE outbox SET state = 'delivered' WHERE version = 1")
+    demote(primary)
+    with closing(Store(f"{primary.url()}?target_session_attrs=any")) as store:
+        for _ in range(3):
+            assert store.anything_to_do()
+            assert store._hint.parameters["start"] == 1
+        promote(primary)
+        wait_until(lambda: store.anything_to_do() and store._hint.parameters["start"] == 2, "it is known")
+
+
 # Hazards 18, 21, 22, 23, 27
 
 

@@ -261,9 +261,9 @@ def test_a_relay_that_ends_when_empty_leaves_no_due_hold_behind(connect: Connect
     write(connection, "1", 1, "plain:1")
     connection.execute("UPDATE outbox SET state = 'parked'")
     connection.execute(
-        "INSERT INTO outbox_hold (aggregate_type, aggregate_id, lane, head_id, due_at, tries, attempts, "
+        "INSERT INTO outbox_hold (aggregate_type, aggregate_id, head_id, due_at, tries, attempts, "
         "first_refused_at, refused_at) "
-        "SELECT aggregate_type, aggregate_id, 0, id, now(), 0, 0, now(), now() FROM outbox"
+        "SELECT aggregate_type, aggregate_id, id, now(), 0, 0, now(), now() FROM outbox"
     )
     with closing(Store(database_url)) as store:
         assert store.left() == (True, True)
@@ -275,8 +275,8 @@ def test_a_hold_of_nothing_ends(connect: Connect, run_relay: RunRelay) -> None:
     """Somebody has deleted what waited: the aggregate is free again."""
     connection = connect()
     connection.execute(
-        "INSERT INTO outbox_hold (aggregate_type, aggregate_id, lane, head_id, due_at, tries, attempts, "
-        "first_refused_at, refused_at) VALUES ('order', '1', 0, 1, now(), 1, 0, now(), now())"
+        "INSERT INTO outbox_hold (aggregate_type, aggregate_id, head_id, due_at, tries, attempts, "
+        "first_refused_at, refused_at) VALUES ('order', '1', 1, now(), 1, 0, now(), now())"
     )
     assert run_relay() is Ended.EMPTY
     assert connection.execute("SELECT count(*) FROM outbox_hold").fetchall() == [(0,)]

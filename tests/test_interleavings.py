@@ -26,6 +26,7 @@ from outbox_relay.options import Options
 from outbox_relay.outcome import Policy
 from outbox_relay.relay import Worker
 from outbox_relay.shared import Pause, Shared
+from outbox_relay.start_hint import SharedHint
 from outbox_relay.store import Batch, Store
 from tests.support.interleaving import Actor, Gate, Stage, interleavings
 from tests.support.oracle import Fact, violations
@@ -151,7 +152,9 @@ class Cast:
         self.writers: list[Connection] = [opened(psycopg.Connection, autocommit=False) for _ in range(2)]
         self.naive: list[Connection] = [opened(psycopg.Connection, autocommit=False) for _ in range(2)]
         self.operator: KeptConnection = opened(KeptConnection, autocommit=True)
-        self.stores = [SteppedStore(database_url, wake_up=False) for _ in range(2)]
+        # As the workers of one relay: each knows also what the other has found out, so more than those of two would.
+        share = SharedHint()
+        self.stores = [SteppedStore(database_url, wake_up=False, share=share) for _ in range(2)]
         for store in self.stores:
             stack.callback(store.close)
         self.workers = [self._worker(store, seconds) for store, seconds in zip(self.stores, WAITS, strict=True)]

@@ -70,9 +70,9 @@ def add(
 def hold(connection: Connection, head: int, due: str = "1 hour", *, tries: int = 5, aggregate: str = "1") -> None:
     """Let an order wait for `due`, an interval or infinity."""
     connection.execute(
-        "INSERT INTO outbox_hold (aggregate_type, aggregate_id, lane, head_id, due_at, tries, attempts, alone, "
+        "INSERT INTO outbox_hold (aggregate_type, aggregate_id, head_id, due_at, tries, attempts, alone, "
         "                         first_refused_at, refused_at, error) "
-        f"SELECT aggregate_type, aggregate_id, {LANE}, id, "
+        "SELECT aggregate_type, aggregate_id, id, "
         "       CASE WHEN %(due)s = 'infinity' THEN 'infinity' ELSE now() + nullif(%(due)s, 'infinity')::interval END, "
         "       %(tries)s, 2, true, now(), now(), 'refused' FROM outbox WHERE id = %(head)s",
         {"due": due, "tries": tries, "head": head},

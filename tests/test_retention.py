@@ -19,7 +19,7 @@ from outbox_relay.store import Store
 from tests.conftest import Connect, MakeRelay, StartRelay
 from tests.support.subscriber import Subscriber
 from tests.support.waiting import in_background, wait_until
-from tests.support.writing import LANE, Connection, backend_waits, states, write
+from tests.support.writing import Connection, backend_waits, states, write
 
 ENDED = ("delivered", "superseded", "expired", "dead", "discarded")
 SHORT_LIVED = ("delivered", "superseded")
@@ -139,9 +139,9 @@ def test_a_dead_event_that_an_order_waits_for_is_kept(connect: Connect, database
     dead, gone = add(connection, "dead", 24), add(connection, "dead", 24, aggregate="2")
     parked = add(connection, "parked")
     connection.execute(
-        "INSERT INTO outbox_hold (aggregate_type, aggregate_id, lane, head_id, due_at, tries, attempts, "
+        "INSERT INTO outbox_hold (aggregate_type, aggregate_id, head_id, due_at, tries, attempts, "
         "                         first_refused_at, refused_at) "
-        f"SELECT aggregate_type, aggregate_id, {LANE}, id, 'infinity', 0, 0, now(), now() FROM outbox WHERE id = %s",
+        "SELECT aggregate_type, aggregate_id, id, 'infinity', 0, 0, now(), now() FROM outbox WHERE id = %s",
         (dead,),
     )
     for _ in range(12):

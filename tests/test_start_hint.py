@@ -12,6 +12,7 @@ import psycopg
 import pytest
 
 from outbox_relay import start_hint
+from outbox_relay.database import DatabaseUnavailableError
 from outbox_relay.event import boottime
 from outbox_relay.operator import Operator
 from outbox_relay.store import Store
@@ -289,11 +290,277 @@ def test_it_is_void_once_sessions_reserve_ids(store: Store, connect: Connect) ->
     assert start(store) == 1
 
 
+def start_in(store: Store, lane: int) -> int:
+    """Where the next claim starts in a lane."""
+    parameters = {"lane": lane, **store._hint.parameters}
+    statement = f"SELECT {start_hint.start_in('%(lane)s::int')}"
+    with store.batch():
+        [(id_,)] = store.execute(statement, **parameters).fetchall()
+    return int(id_)
+
+
+def look_no_more(store: Store) -> None:
+    """What is decided stays as it is now."""
+    look_twice(store)
+    store._hint._known.pause = math.inf
+
+
+def deliver_of(store: Store, chosen: set[int]) -> None:
+    """Claim all lanes, and settle those of the events as delivered."""
+    with store.batch():
+        batch = store.read(store.claim(after=0, lanes=256).lanes, events=10_000, per_lane=100, max_bytes=10_000_000)
+        store.settle([event.id for event in batch.events if event.id in chosen], [], batch.holds)
+
+
+def undone(store: Store) -> None:
+    """Settle what there is, and fail."""
+    batch = store.read(store.claim(after=0, lanes=256).lanes, events=10, per_lane=10, max_bytes=10_000)
+    assert batch.events
+    assert batch.holds
+    store.settle([event.id for event in batch.events], [], batch.holds)
+    store.execute("SELECT 1 / 0")
+
+
+class TestOneLane:
+    """Where nobody looks anew, a lane starts at the first event that was read and not delivered."""
+
+    def test_it_starts_above_what_was_delivered(self, store: Store, connect: Connect) -> None:
+        writer = connect()
+        first, second, other = [write(writer, name) for name in "aab"]
+        lane, last = lane_of(writer, first), write(writer, "a")
+        look_no_more(store)
+        deliver_of(store, {first, second})
+        assert start_in(store, lane) == last
+        assert start_in(store, lane_of(writer, other)) == other
+        assert start(store) == other
+        assert deliver(store) == [other, last]
+        assert start_in(store, lane) == last + 1
+        assert start_in(store, lane_of(writer, other)) == last + 1
+
+    @pytest.mark.parametrize("bound", ["events", "bytes"])
+    def test_it_passes_nothing_that_was_not_read(self, store: Store, connect: Connect, bound: str) -> None:
+        """Because its lane, or all of them, have more."""
+        writer = connect()
+        first, second, third = [write(writer, name) for name in "aba"]
+        look_no_more(store)
+        events, max_bytes = (1, 1_000) if bound == "events" else (10, 1)
+        with store.batch():
+            lanes = store.claim(after=0, lanes=256).lanes
+            batch = store.read(lanes, events=events, per_lane=events, max_bytes=max_bytes)
+            ids = [event.id for event in batch.events]
+            store.settle(ids, [], {})
+        assert ids == ([first, second] if bound == "events" else [first])
+        assert start_in(store, lane_of(writer, third)) == first + 1
+        assert start_in(store, lane_of(writer, second)) == (second + 1 if bound == "events" else first + 1)
+        assert deliver(store) == [second, third][len(ids) - 1 :]
+
+    def test_it_stays_at_what_was_read_and_not_delivered(self, store: Store, connect: Connect) -> None:
+        """Nor does it pass an event because a later one was."""
+        writer = connect()
+        first, unsent, last = [write(writer, "a") for _ in range(3)]
+        look_no_more(store)
+        deliver_of(store, {first, last})
+        assert start_in(store, lane_of(writer, first)) == unsent
+        assert deliver(store) == [unsent]
+
+    def test_nor_does_it_pass_one_that_came_without_its_payload(self, store: Store, connect: Connect) -> None:
+        """It waits behind a hold, and was parked. Somebody may make it pending again in the same moment."""
+        writer = connect()
+        held, last = write(writer, "a"), write(writer, "a")
+        hold(writer, "a", "-1 hour")
+        look_no_more(store)
+        deliver_of(store, {held, last})
+        assert start_in(store, lane_of(writer, held)) == held
+
+    def test_it_stays_where_it_is_without_a_commit(self, store: Store, connect: Connect) -> None:
+        writer = connect()
+        first = write(writer, "a")
+        hold(writer, "b", "1 hour")  # whose end is a statement of its own: the commit is another one
+        look_no_more(store)
+        with pytest.raises(DatabaseUnavailableError), store.batch():
+            undone(store)
+        assert start_in(store, lane_of(writer, first)) <= first
+        assert deliver(store) == [first]
+
+    def test_it_waits_for_a_lower_id_that_may_still_come(self, store: Store, connect: Connect) -> None:
+        """Of the same lane, and there before the higher one is settled, but not when that was read."""
+        late, writer = connect(autocommit=False), connect()
+        low, high = write(late, "a"), write(writer, "a")
+        look_no_more(store)
+        with store.batch():
+            batch = store.read(store.claim(after=0, lanes=256).lanes, events=10, per_lane=10, max_bytes=10_000)
+            late.commit()
+            store.settle([event.id for event in batch.events], [], {})
+        assert [event.id for event in batch.events] == [high]
+        assert start_in(store, lane_of(writer, high)) <= low
+        look_twice(store)
+        assert deliver(store) == [low]
+
+    def test_what_is_put_back_voids_it(self, store: Store, connect: Connect) -> None:
+        writer = connect()
+        first, last = write(writer, "a"), write(writer, "a")
+        look_no_more(store)
+        assert deliver(store) == [first, last]
+        lane = lane_of(writer, first)
+        assert start_in(store, lane) == last + 1
+        writer.execute("UPDATE outbox SET state = 'pending', settled_at = NULL WHERE id = %s", (first,))
+        assert start_in(store, lane) == 0
+        assert deliver(store) == [first]
+
+    def test_one_that_moves_here_from_another_lane_voids_it(self, store: Store, connect: Connect) -> None:
+        writer = connect()
+        moved, last = write(writer, "b"), write(writer, "a")
+        look_no_more(store)
+        deliver_of(store, {last})
+        lane = lane_of(writer, last)
+        assert start_in(store, lane) == last + 1
+        writer.execute("UPDATE outbox SET aggregate_id = 'a' WHERE id = %s", (moved,))
+        assert start_in(store, lane) == 0
+        assert deliver(store) == [moved]
+
+    @pytest.mark.parametrize("lanes", [256, 1])
+    def test_it_is_looked_anew_after_many_events(
+        self, store: Store, connect: Connect, monkeypatch: pytest.MonkeyPatch, lanes: int
+    ) -> None:
+        """After fewer where a claim got fewer lanes than it wanted."""
+        monkeypatch.setattr(start_hint, "SOME", 3 if lanes > 1 else 100)
+        monkeypatch.setattr(start_hint, "MANY", 3 if lanes == 1 else 100)
+        writer = connect()
+        write(writer, "a")
+        look_no_more(store)
+        asked: list[str] = []
+        monkeypatch.setattr(store._hint, "_look", lambda *_: asked.append("anew"))
+        for looks in [0, 0, 0, 1]:
+            with store.batch():
+                claim = store.claim(after=0, lanes=lanes)
+                assert len(asked) == looks
+                [event] = store.read(claim.lanes, events=1, per_lane=1, max_bytes=1_000).events
+                store.settle([event.id], [], {})
+            write(writer, "a")
+
+
+@pytest.fixture
+def stores(database_url: str) -> Iterator[list[Store]]:
+    """Of one relay, whose sessions both have joined."""
+    share = start_hint.SharedHint()
+    with closing(Store(database_url, share=share)) as one, closing(Store(database_url, share=share)) as other:
+        yield [one, other]
+
+
+class TestShared:
+    """The sessions of one relay know what each of them has found out, since the last of them came."""
+
+    def test_one_knows_what_the_other_has_delivered(self, stores: list[Store], connect: Connect) -> None:
+        one, other = stores
+        writer = connect()
+        written = [write(writer, name) for name in "aab"]
+        for store in [one, other]:
+            look_twice(store)
+        look_no_more(one)
+        assert deliver(one) == written
+        other._hint.renew()
+        assert start_in(other, lane_of(writer, written[0])) == written[-1] + 1
+        later = write(writer, "a")
+        assert deliver(other) == [later]
+
+    def test_a_session_that_comes_begins_anew_for_all(
+        self, stores: list[Store], connect: Connect, database_url: str
+    ) -> None:
+        """What a session notes that has not heard of it is nobody's."""
+        one, other = stores
+        writer = connect()
+        written = [write(writer, name) for name in "aab"]
+        look_no_more(one)
+        with one.batch():
+            batch = one.read(one.claim(after=0, lanes=256).lanes, events=10, per_lane=10, max_bytes=10_000)
+            look_no_more(other)  # comes only now
+            one.settle([event.id for event in batch.events], [], {})
+        assert start_in(one, lane_of(writer, written[0])) == written[-1] + 1
+        for store in stores:
+            store._hint.renew()
+            assert start_in(store, lane_of(writer, written[0])) <= written[0]
+
+    def test_sessions_with_different_servers_share_nothing(self, stores: list[Store], connect: Connect) -> None:
+        one, other = stores
+        writer = connect()
+        written = write(writer, "a")
+        for store in stores:
+            look_twice(store)
+        one._hint._shared.join("another server")
+        assert deliver(one) == [written]
+        look_twice(one)
+        assert start(other) == start(one) == written + 1
+        assert one._hint._shared._latest.starts == (1, "{}")
+
+    @pytest.mark.parametrize("looks", [False, True], ids=["reads", "looks"])
+    def test_what_another_session_learns_meanwhile_says_nothing_about_writers_asked_for_before(
+        self, stores: list[Store], connect: Connect, monkeypatch: pytest.MonkeyPatch, looks: bool
+    ) -> None:
+        """That ids are drawn, lower ones of them by who came later; and who is to be waited for."""
+        one, other = stores
+        writer, early, late = connect(), connect(autocommit=False), connect(autocommit=False)
+        write(writer, "a")
+        for store in [*stores, *stores]:
+            store.anything_to_do()
+        deliver(other)
+        ask, low = one._hint._ask, 0
+
+        def asked(query: LiteralString, **parameters: Any) -> tuple[Any, ...]:
+            nonlocal low
+            row = ask(query, **parameters)
+            if query == start_hint._WRITERS and not low:
+                low = write(late, "late")
+                write(writer, "b")
+                deliver(other)
+                if looks:
+                    early.rollback()
+                    other.anything_to_do()
+            return row
+
+        monkeypatch.setattr(one._hint, "_ask", asked)
+        write(writer, "c")
+        if looks:
+            write(early, "early")
+        deliver(one)
+        look_twice(one)
+        assert 0 < start(one) <= low
+        late.commit()
+        assert deliver(one) == [low]
+
+    def test_what_a_session_has_read_before_it_came_is_its_own_until_it_is_known_to_live(
+        self, stores: list[Store], connect: Connect, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The server may have crashed since, and forgotten that those ids were drawn."""
+        one, other = stores
+        writer = connect()
+        low = write(writer, "a")
+        look_twice(other)
+        one._hint._known.pause = math.inf
+        high = write(writer, "a")
+        deliver(one)
+        assert one._hint._known.drawn == high
+        one._hint._known.pause = 0.0
+
+        def asked(query: LiteralString, **parameters: Any) -> tuple[Any, ...]:
+            if query == start_hint._SERVER:
+                return ask(query, **parameters)
+            raise psycopg.OperationalError
+
+        ask = one._hint._ask
+        monkeypatch.setattr(one._hint, "_ask", asked)
+        with pytest.raises(psycopg.OperationalError):
+            one._hint.renew()
+        monkeypatch.setattr(other._hint, "_look", lambda _known, _drawn: None)
+        other._hint.renew()
+        assert other._hint._known is one._hint._known
+        assert other._hint._known.drawn <= low
+
+
 def hold(connection: psycopg.Connection[tuple[int]], name: str, ago: str) -> None:
     connection.execute(
         "INSERT INTO outbox_hold "
-        "(aggregate_type, aggregate_id, lane, due_at, head_id, tries, attempts, first_refused_at, refused_at) "
-        "VALUES ('order', %s, 7, clock_timestamp() - %s::interval, 1, 1, 0, now(), now()) "
+        "(aggregate_type, aggregate_id, due_at, head_id, tries, attempts, first_refused_at, refused_at) "
+        "VALUES ('order', %s, clock_timestamp() - %s::interval, 1, 1, 0, now(), now()) "
         "ON CONFLICT (aggregate_type, aggregate_id) DO UPDATE SET due_at = excluded.due_at",
         (name, ago),
     )
@@ -311,7 +578,8 @@ class TestDueHolds:
         hold(writer, "other", "59 minutes")
         assert store.anything_to_do()
         with store.batch():
-            assert store.claim(after=0, lanes=256).lanes == [(7, True)]
+            [(_, has_due_hold)] = store.claim(after=0, lanes=256).lanes
+            assert has_due_hold
 
     def test_one_that_is_due_from_now_on_is_found_at_once(self, store: Store, connect: Connect) -> None:
         """Also where its writer took a while to commit."""

@@ -52,10 +52,8 @@ REFUSED: Final = Stretch("refused", 100, 100, namespace="nowhere")
 CHURN_SETTINGS: Final = {"backoff_max": 1, "log_level": "error"}
 
 _HOLD: Final = """
-INSERT INTO outbox_hold (aggregate_type, aggregate_id, lane, due_at, head_id, tries, attempts, first_refused_at,
-                         refused_at)
-SELECT aggregate_type, aggregate_id, hashtextextended(aggregate_type || '/' || aggregate_id, 0) & 255,
-       now() + interval '1 day', min(id), 1, 0, now(), now()
+INSERT INTO outbox_hold (aggregate_type, aggregate_id, due_at, head_id, tries, attempts, first_refused_at, refused_at)
+SELECT aggregate_type, aggregate_id, now() + interval '1 day', min(id), 1, 0, now(), now()
 FROM outbox WHERE state = 'parked' GROUP BY aggregate_type, aggregate_id
 """
 
@@ -209,10 +207,12 @@ class _Bed:
                 relay = _relay(case, explained(url), centrifugo, stack)
                 witness = stack.enter_context(_witness(case, centrifugo, EXPLAINED))
                 if case.at_work:
-                    # Until they are committed every look walks over them, whatever else lies in the outbox.
-                    _add(case.at_work, EXPLAINED)
-                offset = self._server.log_path.stat().st_size
-                if not case.at_work:
+                    # Until they are committed every look walks over them, whatever else lies in the outbox: none does.
+                    with relay.stopped():
+                        _add(case.at_work, EXPLAINED)
+                        offset = self._server.log_path.stat().st_size
+                else:
+                    offset = self._server.log_path.stat().st_size
                     stack.enter_context(relay)
                 witness.wait()
             found = claiming(self._server.log_path, offset)
