@@ -423,7 +423,7 @@ def tables(metadata: sa.MetaData, schema: str | None = None) -> sa.MetaData:
         metadata,
         sa.Column("aggregate_type", sa.Text, primary_key=True),
         sa.Column("aggregate_id", sa.Text, primary_key=True),
-        sa.Column("lane", sa.SmallInteger, nullable=False),
+        sa.Column("lane", sa.SmallInteger, sa.Computed(LANE, persisted=True), nullable=False),
         sa.Column("due_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("head_id", sa.BigInteger, nullable=False),
         sa.Column("tries", sa.Integer, nullable=False),

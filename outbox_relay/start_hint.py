@@ -7,8 +7,8 @@ that, batch after batch.
 An id that is not there may still come: its transaction has not committed. But whoever may write such an event holds
 ROW EXCLUSIVE on the outbox from before its id is drawn until it ends. So: some ids are known to be drawn; those who
 hold that lock then are waited for, and what is pending after that is all that will ever be of them. Whoever puts an
-event back draws from a sequence of its own while holding that lock: a hint from before that is void. So is every hint
-where sessions reserve ids ahead, whose lower ones may come at any time.
+event back draws from a sequence of its own while holding that lock: a hint from before that is void. So is one from
+before the ids began anew, and every hint where sessions reserve ids ahead, whose lower ones may come at any time.
 
 In between, who delivers what it has read of a lane knows where that lane's next pending event is: below what is decided
 as above there is nothing else. The sessions of one relay tell each other, because they take turns at the lanes.
@@ -38,11 +38,14 @@ A new session walks over everything, so its first renewals follow each other fas
 """
 
 MANY: Final = 2_000
-"""Events. After so many above what is decided the hint is renewed at once."""
+"""Events. After so many were read, and some of them are above what is decided, the hint is renewed at once."""
 SOME: Final = 256
-"""Events. After so many it is where lanes without events are passed."""
+"""Events. After so many it is where a claim got fewer lanes than it wanted, and may have passed many without events."""
 
-GENERATION: Final = "(SELECT last_value + is_called::int FROM {outbox_generation})"
+# A sequence that begins anew, by a TRUNCATE or by itself, has another file.
+GENERATION: Final = """(
+    SELECT concat(last_value + is_called::int, '/', pg_relation_filenode(nullif(%(sequence)s, 0)::oid))
+    FROM {outbox_generation})"""
 START: Final = f"CASE WHEN {GENERATION} = %(generation)s THEN %(start)s::bigint ELSE 0 END"
 """Where to start in all lanes, in any statement with the hint's `parameters`."""
 _START_IN: Final = START.replace("%(start)s", "coalesce((%(starts)s::bigint[])[{lane} + 1], %(start)s)")
@@ -67,11 +70,12 @@ SELECT date_part('epoch', coalesce(
 DRAWN: Final = "(SELECT last_value - 1 + is_called::int FROM {outbox_id_seq})"
 """The highest id that is drawn, as a statement that is run anyway can learn it."""
 
-# A standby does not know who writes on the primary, and may be one later.
+# A standby does not know who writes on the primary, and may be the primary later.
 _STATE: Final = """
-SELECT {generation}, pg_is_in_recovery() OR (
-    SELECT r.seqcache > 1 FROM {outbox_id_seq} AS s JOIN pg_sequence AS r ON r.seqrelid = s.tableoid)
-""".replace("{generation}", GENERATION)
+SELECT concat(g.last_value + g.is_called::int, '/', pg_relation_filenode(s.tableoid)), s.tableoid,
+       s.last_value - 1 + s.is_called::int, pg_is_in_recovery() OR r.seqcache > 1
+FROM {outbox_generation} AS g CROSS JOIN {outbox_id_seq} AS s JOIN pg_sequence AS r ON r.seqrelid = s.tableoid
+"""
 
 # A prepared transaction keeps its virtual id (until a restart, which ends this session), and has no pid.
 _WRITERS: Final = """
@@ -113,39 +117,41 @@ class _Awaited(NamedTuple):
     """The transactions that must end before every id below `below` is decided."""
 
     below: int
-    generation: int
+    generation: str
     writers: frozenset[str]
 
 
 class Seen(NamedTuple):
-    """What was read of some lanes: the pending events, as lane and id, in the order of their ids.
+    """What was read of some `lanes`: the pending events, as the lane of each and its id, in the order of their ids.
 
     At most `quota` of each lane, its first ones; and of all these so many, the first ones, as the bytes allowed.
     """
 
     lanes: Sequence[int]
     quota: int
-    events: Sequence[tuple[int, int]]
+    lane_of: Sequence[int]
+    ids: Sequence[int]
 
-    def left(self, delivered: Set[int]) -> dict[int, int]:
-        """By lane, below which id nothing is left of what was pending."""
+    def starts(self, delivered: Set[int]) -> dict[int, int]:
+        """By lane, below which id nothing is left of what was pending when it was read."""
         # Whatever else is pending in a lane of less than its quota comes after all that was read.
-        starts = dict.fromkeys(self.lanes, self.events[-1][1] + 1 if self.events else _HIGHEST)
-        counts = Counter([lane for lane, _ in self.events])
-        starts |= {lane: id_ + 1 for lane, id_ in self.events if counts[lane] >= self.quota}
-        starts |= {lane: id_ for lane, id_ in reversed(self.events) if id_ not in delivered}
-        return starts
+        starts = dict.fromkeys(self.lanes, self.ids[-1] + 1 if self.ids else _HIGHEST)
+        last = dict(zip(self.lane_of, self.ids, strict=True))
+        starts |= {lane: last[lane] + 1 for lane, read in Counter(self.lane_of).items() if read >= self.quota}
+        left = [(lane, id_) for lane, id_ in zip(self.lane_of, self.ids, strict=True) if id_ not in delivered]
+        return starts | dict(reversed(left))
 
 
 class Known:
     """What the sessions of a relay with one server have found out, under one generation.
 
-    Whatever is written here is true and stays so. So threads need no lock: where two write at once one may be
-    forgotten, which costs time.
+    Whatever is written here is true and stays so, until the generation is another one. So threads need no lock: where
+    two write at once one may be forgotten, which costs time.
     """
 
-    def __init__(self, generation: int = 0, drawn: int = 0) -> None:
+    def __init__(self, generation: str = "", sequence: int = 0, drawn: int = 0) -> None:
         self.generation = generation
+        self.sequence = sequence
         self.drawn = drawn
         self.decided = 1
         self.read = 0
@@ -171,7 +177,7 @@ class Known:
         """Below `decided` nothing is to come, and these are the oldest pending events, by lane."""
         self.decided = max(self.decided, decided)
         self.rise((lane, min(oldest.get(lane, decided), decided)) for lane in range(LANES))
-        self._written = None  # what another thread had copied before it rose would stay, where nothing rises any more
+        self._written = None  # another thread may have put down what it had copied before the last rise
         self.swept = self.starts[0]
 
     def rise(self, starts: Iterable[tuple[int, int]]) -> None:
@@ -186,7 +192,8 @@ class SharedHint:
     """What is known to all sessions of a relay.
 
     None is used that is older than a session which uses it: behind a new connection there may be another history,
-    where a server has crashed, say, or another one has taken over. So with each session that comes they begin anew.
+    where a server has crashed, say, or another one has taken over. So with each session that comes all those with the
+    same server begin anew.
     """
 
     def __init__(self) -> None:
@@ -234,22 +241,29 @@ class StartHint:
     @property
     def parameters(self) -> dict[str, float | str]:
         start, starts = self._known.starts
-        generation = self._known.generation
-        return {"start": start, "starts": starts, "generation": generation, "due_since": self._due_since}
+        return {"start": start, "starts": starts, "due_since": self._due_since, **self._generation}
 
-    def drawn(self, last_id: int, events: int = 0) -> None:
-        """Take note that all ids up to this one are drawn: so many events were read, or their sequence says so."""
+    @property
+    def _generation(self) -> dict[str, int | str]:
+        return {"generation": self._known.generation, "sequence": self._known.sequence}
+
+    def read(self, events: int, last_id: int) -> None:
+        """Take note of so many events that were read, the last one with this id: drawn, if the sequence agrees."""
         self._known.drawn = max(self._known.drawn, last_id)
         self._known.read += events
 
-    def left(self, starts: Mapping[int, int]) -> None:
-        """Take note that of what was pending since the last `renew`, nothing is left in these lanes below these ids."""
+    def drawn(self, last_id: int) -> None:
+        """Take note that all ids up to this one are drawn, as the sequence says."""
+        self._known.drawn = max(self._known.drawn, last_id)
+
+    def passed(self, starts: Mapping[int, int]) -> None:
+        """Take note that in these lanes nothing is pending below these ids, of what was seen since the last `renew`."""
         self._known.rise((lane, min(start, self._decided)) for lane, start in starts.items())
 
     def renew(self, *, sparse: bool = True) -> None:
         """Raise the hints where that is due: that of the holds every five seconds, that of the events where it is safe.
 
-        The latter four times a second, at first more often, and after many events. `sparse`: not all lanes have some.
+        The latter four times a second, at first more often, and after many events; `sparse`: after fewer.
         """
         if not self._usable:
             return
@@ -260,7 +274,7 @@ class StartHint:
             self._known = self._known.replaced_by
         known = self._known
         drawn = known.drawn
-        many = known.read >= SOME if sparse else known.read >= MANY and drawn >= known.decided
+        many = known.read >= (SOME if sparse else MANY) and drawn >= known.decided
         due = many or boottime() - known.renewed_at >= known.pause
         if due and known.starts[0] <= drawn:
             if not self._joined:
@@ -276,29 +290,30 @@ class StartHint:
         # Before the writers are asked for: an id that another session reads after that, and writers that it waits for
         # then, have nothing to do with those.
         below, awaited = min(drawn + 1, _HIGHEST), known.awaited
-        generation, unknowable = self._ask(_STATE)
+        generation, sequence, last_drawn, unknowable = self._ask(_STATE)
+        # An id above the sequence was written by a hand, or the sequence set back: the lower ones are still to come.
+        if unknowable or last_drawn < drawn:
+            self._replace(Known(drawn=last_drawn))
+            return
         # Only now: the session is still there, so what it had read before others came is true for them, too.
         known.drawn = max(known.drawn, drawn)
-        if unknowable:
-            self._replace(0)
-            return
         writers = frozenset(self._ask(_WRITERS, table=self._table)[0] or ())
         latest = _Awaited(below, generation, writers)
         if awaited is None or not writers:
             awaited = latest
         if awaited.writers.isdisjoint(writers):
-            oldest = dict(self._execute(_OLDEST, swept=known.swept, generation=known.generation).fetchall())
+            oldest = dict(self._execute(_OLDEST, swept=known.swept, **self._generation).fetchall())
             if awaited.generation != known.generation:
-                self._replace(awaited.generation)
+                self._replace(Known(awaited.generation, sequence, drawn))
             self._known.looked(oldest, awaited.below)
             awaited = latest
         self._known.awaited = awaited
 
-    def _replace(self, generation: int) -> None:
-        """What was known is void."""
-        void, self._known = self._known, Known(generation, self._known.drawn)
-        self._known.renewed_at, self._known.pause = void.renewed_at, void.pause
-        self._shared.replace(void, self._known)
+    def _replace(self, known: Known) -> None:
+        """What was known is void: something was put back, or ids come again."""
+        void, self._known = self._known, known
+        known.renewed_at, known.pause = void.renewed_at, void.pause
+        self._shared.replace(void, known)
 
     def _ask(self, query: LiteralString, **parameters: Any) -> tuple[Any, ...]:
         row: tuple[Any, ...] = self._execute(query, **parameters).fetchall()[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, NamedTuple
@@ -285,14 +285,19 @@ class Store(Upkeep):
         self._hint = StartHint(self.execute, self.table, share or SharedHint(), usable=self.direct)
         self._sparse = True
         self._seen: Seen | None = None
-        self._left: Mapping[int, int] = {}
+        self._gone: Set[int] = frozenset()
 
     @contextmanager
     def batch(self) -> Iterator[None]:
-        self._seen, self._left = None, {}
+        """As that of a session; for one claim and what it brings."""
+        self._seen, self._gone = None, frozenset()
         with super().batch():
             yield
-        self._hint.left(self._left)
+        self._pass()
+
+    def _pass(self) -> None:
+        if self._seen is not None:
+            self._hint.passed(self._seen.starts(self._gone))
 
     def claim(self, after: int, lanes: int) -> Claim:
         """Lock up to `lanes` lanes with something to do, the first one after lane `after`.
@@ -338,8 +343,8 @@ class Store(Upkeep):
                     batch.events.append(Event(*row[: len(_EVENT)]))
         rows = self.execute(pending, lanes=[lane.lane for lane in lanes], quota=quota * window, **bounds).fetchall()
         if not conflated:
-            self._seen = Seen([lane.lane for lane in lanes], quota, [(row[_LANE], row[_ID]) for row in rows])
-            self._left = self._seen.left(set())
+            lane_of, ids = [row[_LANE] for row in rows], [row[_ID] for row in rows]
+            self._seen = Seen([lane.lane for lane in lanes], quota, lane_of, ids)
         self._take(batch, conflation.uncovered(rows, batch.covered) if conflated else rows, quota * window)
         self._window = conflation.next_window(window, len(batch.events), batch.covered.values())
         return batch
@@ -347,7 +352,7 @@ class Store(Upkeep):
     def _take(self, batch: Batch, rows: Sequence[tuple[Any, ...]], quota: int) -> None:
         """Put what was read of the pending events into the batch; what came without its payload is held, and parked."""
         if rows:
-            self._hint.drawn(rows[-1][_ID], len(rows))
+            self._hint.read(len(rows), rows[-1][_ID])
         held: dict[int, list[int]] = {}
         for row in rows:
             if row[_PAYLOAD] is None:
@@ -383,8 +388,7 @@ class Store(Upkeep):
         And the ends of those that others stood for, which are counted by state. It happens behind a savepoint, so that
         the lanes stay locked whatever happens to the statements.
         """
-        if self._seen is not None:
-            self._left = self._seen.left(set(delivered))
+        self._gone = frozenset(delivered)
         left = SETTLE_TRIES
         while True:
             self.send_with_next("SAVEPOINT settle")

@@ -185,9 +185,12 @@ def test_who_has_read_nothing_knows_nothing(store: Store, connect: Connect) -> N
     assert deliver(store) == [first]
 
 
-def test_it_is_renewed_less_and_less_often(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_renewed_less_and_less_often(
+    connect: Connect, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In seconds since the first time, where it ends with once in 32."""
     now, asked = 1_000.0, set[float]()
+    writer = connect()
     monkeypatch.setattr(start_hint, "RENEW_EVERY", 32.0)
     monkeypatch.setattr(start_hint, "DUE_ANEW", math.inf)
     monkeypatch.setattr(start_hint, "boottime", lambda: now)
@@ -199,8 +202,10 @@ def test_it_is_renewed_less_and_less_often(database_url: str, monkeypatch: pytes
             return ask(query, **parameters)
 
         monkeypatch.setattr(store._hint, "_ask", noted)
+        writer.execute("SELECT nextval('outbox_id_seq')")
+        store.anything_to_do()
         while now < 1_100:
-            store._hint.drawn(start(store))  # there is always something new
+            writer.execute("SELECT nextval('outbox_id_seq')")  # there is always something new
             store.anything_to_do()
             now += 1
     assert sorted(asked) == [0, 2, 6, 14, 30, 62, 94]
@@ -288,6 +293,39 @@ def test_it_is_void_once_sessions_reserve_ids(store: Store, connect: Connect) ->
     write(connect(), "2")
     look_twice(store)
     assert start(store) == 1
+
+
+@pytest.mark.parametrize(
+    "undo",
+    ["TRUNCATE outbox RESTART IDENTITY", "DELETE FROM outbox; ALTER SEQUENCE outbox_id_seq RESTART"],
+    ids=["truncated", "deleted"],
+)
+def test_ids_that_come_again_are_found(store: Store, connect: Connect, undo: str) -> None:
+    """Also where as many of them have come again, before anybody looks, as there were."""
+    writer = connect()
+    before = [write(writer, "a") for _ in range(3)]
+    assert deliver(store) == before
+    raise_to(store, before[-1] + 1)
+    for number in range(2):
+        writer.execute(undo)
+        again = [write(writer, "a") for _ in range(3 + number)]
+        assert again[:3] == before
+        assert store.anything_to_do()
+        assert deliver(store) == again
+        look_twice(store)
+
+
+def test_an_id_that_was_not_drawn_says_nothing_about_lower_ones(store: Store, connect: Connect) -> None:
+    """A hand may write any. The lower ones are still to come."""
+    writer = connect()
+    first = write(writer, "a")
+    writer.execute(
+        "INSERT INTO outbox (id, aggregate_type, aggregate_id, version, channels, payload) OVERRIDING SYSTEM VALUE "
+        "VALUES (1000, 'order', 'a', 2, '{plain:a}', '{}')"
+    )
+    assert deliver(store) == [first, 1000]
+    second = write(writer, "a")
+    assert deliver(store) == [second]
 
 
 def start_in(store: Store, lane: int) -> int:

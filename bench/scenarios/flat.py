@@ -8,8 +8,8 @@ higher one there, so that 100,000 pending (row `base-100k`) stand beside it.
 Of each outbox only the first events are drained, so that no case ends in batches that are not full.
 
 While a snapshot is held what is settled stays in the index of the pending events. A relay that is at work, as it is
-where a backup begins, walks over what was settled since it last found out where to start, up to four times a second;
-a new one (rows `snapshot-new`) has to find that out first.
+where a backup begins, knows where to start in each lane, and looks again now and then; a new one (rows `snapshot-new`)
+has to find that out first.
 """
 
 from __future__ import annotations
