@@ -31,13 +31,14 @@ class Board(NamedTuple):
 
     def load_naive(self) -> None:
         """Have the page without versions load, which makes it right."""
-        label = "Load it anew"
-        self.page.get_by_role("button", name=label).click()
-        self.wait_done(label)
+        self.press("Load it anew")
 
-    def wait_done(self, label: str) -> None:
-        """Return once the page says that what a button does is done."""
-        expect(self.page.locator("#done")).to_have_text(f"{label}: done.", timeout=PATIENCE * 1000)
+    def press(self, label: str, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Press a button and return once what it does is done, whatever else is under way."""
+        button = self.page.get_by_role("button", name=label)
+        button.click()
+        meanwhile()
+        expect(button).to_have_attribute("data-how", "done", timeout=PATIENCE * 1000)
 
 
 class Fault(NamedTuple):
@@ -49,10 +50,7 @@ class Fault(NamedTuple):
 
 def _press(board: Board, name: str, meanwhile: Callable[[], object] = lambda: None) -> float:
     """Press the button of a harm."""
-    label = HARM[name].label
-    board.page.get_by_role("button", name=label).click()
-    meanwhile()
-    board.wait_done(label)
+    board.press(HARM[name].label, meanwhile)
     return board.playground.healed
 
 

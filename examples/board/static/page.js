@@ -163,13 +163,17 @@ $('cut').onclick = () =>
   });
 
 async function doing(button, harm) {
+  const tell = (how) => {
+    button.dataset.how = how;
+    say('done', `${button.textContent}: ${how}.`);
+  };
   button.disabled = true;
-  say('done', `${button.textContent}: under way.`);
+  tell('under way');
   try {
     await harm();
-    say('done', `${button.textContent}: done.`);
+    tell('done');
   } catch ({ message }) {
-    say('done', `${button.textContent}: failed, ${message}.`);
+    tell(`failed, ${message}`);
   } finally {
     button.disabled = false;
   }
