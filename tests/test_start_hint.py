@@ -464,15 +464,16 @@ class TestOneLane:
     def test_it_is_looked_anew_after_many_events(
         self, store: Store, connect: Connect, monkeypatch: pytest.MonkeyPatch, lanes: int
     ) -> None:
-        """After fewer where a claim got fewer lanes than it wanted."""
+        """After fewer where a claim got fewer lanes than it wanted; and again after as many more."""
         monkeypatch.setattr(start_hint, "SOME", 3 if lanes > 1 else 100)
         monkeypatch.setattr(start_hint, "MANY", 3 if lanes == 1 else 100)
         writer = connect()
         write(writer, "a")
         look_no_more(store)
+        monkeypatch.setattr(start_hint, "RENEW_EVERY", math.inf)
         asked: list[str] = []
         monkeypatch.setattr(store._hint, "_look", lambda *_: asked.append("anew"))
-        for looks in [0, 0, 0, 1]:
+        for looks in [0, 0, 0, 1, 1, 1, 2]:
             with store.batch():
                 claim = store.claim(after=0, lanes=lanes)
                 assert len(asked) == looks

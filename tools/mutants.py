@@ -41,7 +41,7 @@ TESTS: Final[dict[str, str]] = {
     "wire": "wire bundles versioned_channels epoch",
     "pace": "pace",
     "versions": "versions",
-    "start_hint": "start_hint plans",
+    "start_hint": "start_hint plans hazards_order",
     "centrifugo": "centrifugo wire hostile_server outcomes key_rotation bundles outages",
     "endpoint": "hostile_server centrifugo wire outages",
     "session": "session lanes hazards_order start_hint wake_up hazards_database pgbouncer hazards_process",
