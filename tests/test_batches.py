@@ -97,6 +97,28 @@ def test_suspects_that_fail_while_others_pass_stop_nobody(
     assert states(connection) == {"pending": 2, "delivered": 3}
 
 
+def test_nothing_follows_an_event_that_another_worker_found_to_be_bad_meanwhile(
+    connect: Connect, database_url: str, gateway: Gateway, publisher: Publisher
+) -> None:
+    """That one's session was ended with its request on the way, and the lane is ours. Here the event was free."""
+    connection = connect()
+    for version in (1, 2):
+        write(connection, "1", version, "plain:a")
+    with Stepper(database_url, publisher, ONE_BY_ONE) as steps:
+
+        def meanwhile(exchange: Exchange) -> None:
+            [(first,)] = connection.execute("SELECT min(id) FROM outbox").fetchall()
+            event = Event(first, "e", "order", "1", 0, 1, "change", ["plain:a"], "{}", None, None, 0.0)
+            steps._shared.suspects.failed([event], 1.0, accepted_at=0.0)
+            steps._shared.accepted_at["plain"] = 2.0
+            exchange.answer(*((400, b"") if len(gateway.requests) == 1 else exchange.forward()))
+
+        gateway.fault = meanwhile
+        steps.step()
+        assert steps.journal.requests == [1]
+    assert states(connection) == {"parked": 1, "pending": 1}
+
+
 @pytest.mark.parametrize(("code", "over"), [(102, True), (100, False)])
 def test_an_answer_for_an_events_own_sake_ends_a_pause(
     connect: Connect, database_url: str, gateway: Gateway, publisher: Publisher, code: int, over: bool
