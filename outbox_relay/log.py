@@ -25,6 +25,7 @@ def get_logger() -> structlog.stdlib.BoundLogger:
         logging.getLogger(NAME),
         processors=[structlog.stdlib.filter_by_level, structlog.stdlib.render_to_log_kwargs],
         wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
     )
     return logger
 

@@ -90,7 +90,7 @@ class Metrics(Collector):
         if not delivered and not settlements:
             return
         # After a failover the new server's clock may be behind; a sum that sinks would look like a restart.
-        lags = [max(0.0, now - event.created_at) for event in delivered]
+        lags = [now - event.created_at if now > event.created_at else 0.0 for event in delivered]
         with self._lock:
             self._events["delivered"] += len(delivered)
             known = (settlement.outcome for settlement in settlements if not isinstance(settlement.outcome, Unsettled))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -167,5 +168,5 @@ def log_outcomes(delivered: int, settlements: Iterable[Settlement]) -> None:
                 log.error("event is dead", **about, error=error)
             case GivenUp(state=state, error=error) if outcome is not SUPERSEDED:
                 log.info(f"event is {state}", **about, error=error)
-    if delivered:
+    if delivered and log.isEnabledFor(logging.DEBUG):
         log.debug("delivered", events=delivered)

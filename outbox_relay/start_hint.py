@@ -43,9 +43,10 @@ SOME: Final = 256
 """Events. After so many it is where a claim got fewer lanes than it wanted, and may have passed many without events."""
 
 # A sequence that begins anew, by a TRUNCATE or by itself, has another file.
-GENERATION: Final = """(
-    SELECT concat(last_value + is_called::int, '/', pg_relation_filenode(nullif(%(sequence)s, 0)::oid))
-    FROM {outbox_generation})"""
+_GENERATION: Final = "concat(g.last_value + g.is_called::int, '/', pg_relation_filenode({sequence}))"
+GENERATION: Final = """(SELECT {generation} FROM {outbox_generation} AS g)""".replace(
+    "{generation}", _GENERATION.replace("{sequence}", "nullif(%(sequence)s, 0)::oid")
+)
 START: Final = f"CASE WHEN {GENERATION} = %(generation)s THEN %(start)s::bigint ELSE 0 END"
 """Where to start in all lanes, in any statement with the hint's `parameters`."""
 _START_IN: Final = START.replace("%(start)s", "coalesce((%(starts)s::bigint[])[{lane} + 1], %(start)s)")
@@ -72,10 +73,9 @@ DRAWN: Final = "(SELECT last_value - 1 + is_called::int FROM {outbox_id_seq})"
 
 # A standby does not know who writes on the primary, and may be the primary later.
 _STATE: Final = """
-SELECT concat(g.last_value + g.is_called::int, '/', pg_relation_filenode(s.tableoid)), s.tableoid,
-       s.last_value - 1 + s.is_called::int, pg_is_in_recovery() OR r.seqcache > 1
+SELECT {generation}, s.tableoid, s.last_value - 1 + s.is_called::int, pg_is_in_recovery() OR r.seqcache > 1
 FROM {outbox_generation} AS g CROSS JOIN {outbox_id_seq} AS s JOIN pg_sequence AS r ON r.seqrelid = s.tableoid
-"""
+""".replace("{generation}", _GENERATION.replace("{sequence}", "s.tableoid"))
 
 # A prepared transaction keeps its virtual id (until a restart, which ends this session), and has no pid.
 _WRITERS: Final = """

@@ -1,21 +1,20 @@
-"""httpx's transport by the standard library's HTTP, with one deadline for the whole request.
+"""httpx's transport with one deadline for the whole request, its answers read by llhttp (`httptools`), as Node.js does.
 
 httpx's own time-outs are per operation. A process that was stopped in mid-request and goes on after the deadline sends
-not one byte more: the server sees a request cut short and runs none of it. A request of one event also takes a third
-less time than by httpx's own transport; one of 1,000 about the same.
+not one byte more: the server sees a request cut short and runs none of it. What a request of one event costs by this
+and by other clients says docs/architecture.md.
 """
 
 from __future__ import annotations
 
-import http.client
-import io
 import select
 import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Final
 
+import httptools
 import httpx
 
 from outbox_relay.event import boottime
@@ -24,7 +23,12 @@ _CHUNK: Final = 256 * 1024
 _WITH_HEAD: Final = 64 * 1024
 """A small request leaves in one piece with its head; of a large one it is not worth the copy."""
 _READ: Final = 64 * 1024
+_BESIDE_BODY: Final = 64 * 1024
+"""Bytes, at most, that an answer has beside its body and what frames it."""
+_FRAMED: Final = 8
+"""Bytes, at most, that bring one of the body: a chunk of one takes six."""
 _KEEP_ALIVE: Final = 10.0
+_MALFORMED: Final = (httptools.HttpParserError, httptools.HttpParserUpgrade)
 
 
 class Deadline:
@@ -59,15 +63,12 @@ class DeadlineTransport(httpx.BaseTransport):
                 content = memoryview(request.content)
                 connection.sendall(_head(request) + content[:_WITH_HEAD])
                 connection.sendall(content[_WITH_HEAD:])
-            with _errors(httpx.ReadTimeout, httpx.ReadError):
-                response = http.client.HTTPResponse(connection, method=request.method)  # type: ignore[arg-type]
-                response.begin()
+            answer = _Answer(connection, self)
+            answer.begin()
         except BaseException:
             self.close()
             raise
-        # As they came: httpx takes text for ASCII, and a server may send what it likes.
-        received = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in response.getheaders()]
-        return httpx.Response(response.status, headers=received, stream=_Body(response, self))
+        return httpx.Response(answer.status, headers=answer.headers, stream=answer)
 
     def close(self) -> None:
         if self._connection is not None:
@@ -75,10 +76,7 @@ class DeadlineTransport(httpx.BaseTransport):
             self._connection = None
 
     def answered(self) -> None:
-        """Keep the connection for the next request: the last one's answer was read to its end.
-
-        What came after it, of a proxy that answers twice, is gone with the answer's own buffer.
-        """
+        """Keep the connection for the next request: the last one's answer was read to its end."""
         self._used_at = boottime()
 
     def _connected(self, url: httpx.URL) -> _Socket:
@@ -112,8 +110,21 @@ def _head(request: httpx.Request) -> bytes:
     return b"%b %b HTTP/1.1\r\n%b\r\n" % (request.method.encode(), request.url.raw_path, headers)
 
 
+@contextmanager
+def _errors(expired: type[httpx.TimeoutException], broken: type[httpx.NetworkError]) -> Iterator[None]:
+    """Raise httpx's errors for those of others."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise expired(str(error)) from error
+    except (*_MALFORMED, ValueError) as error:
+        raise httpx.RemoteProtocolError(f"{type(error).__name__}: {error}") from error
+    except OSError as error:
+        raise broken(str(error)) from error
+
+
 class _Socket:
-    """What `http.client` needs of a socket, and what a request does, each call within what is left of the deadline."""
+    """A socket of which each call ends within what is left of the deadline."""
 
     def __init__(self, inner: socket.socket, deadline: Deadline) -> None:
         self._inner = inner
@@ -125,8 +136,10 @@ class _Socket:
             self._inner.settimeout(self._deadline.left())
             rest = rest[self._inner.send(rest[:_CHUNK]) :]
 
-    def makefile(self, _mode: str) -> io.BufferedReader:
-        return io.BufferedReader(_Reader(self._inner, self._deadline), _READ)
+    def recv(self) -> bytes:
+        """What has come, and if nothing has, what comes next; empty at the end."""
+        self._inner.settimeout(self._deadline.left())
+        return self._inner.recv(_READ)
 
     def readable(self) -> bool:
         poll = select.poll()  # select itself knows no descriptor above 1,023
@@ -137,53 +150,99 @@ class _Socket:
         self._inner.close()
 
 
-class _Reader(io.RawIOBase):
-    def __init__(self, inner: socket.socket, deadline: Deadline) -> None:
-        self._inner = inner
-        self._deadline = deadline
+class _Answer(httpx.SyncByteStream):
+    """An answer, read piece by piece; as a stream its body. What is called `on_` is called by httptools.
 
-    def readable(self) -> bool:
-        return True
+    A connection whose answer was not read to its end, or is followed by another one, serves no second request.
+    """
 
-    def readinto(self, buffer: Any) -> int:
-        self._inner.settimeout(self._deadline.left())
-        return self._inner.recv_into(buffer)
-
-    def readall(self) -> bytes:
-        """Refuse: only a chunk of negative size asks for all, and that may be more than the memory holds."""
-        raise ValueError("a chunk of negative size")
-
-
-class _Body(httpx.SyncByteStream):
-    """A response's body. A connection whose answer was not read to its end serves no second request."""
-
-    def __init__(self, response: http.client.HTTPResponse, transport: DeadlineTransport) -> None:
-        self._response = response
+    def __init__(self, connection: _Socket, transport: DeadlineTransport) -> None:
+        self.status = 0
+        self.headers: list[tuple[bytes, bytes]] = []
+        self._connection = connection
         self._transport = transport
+        self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
+        self._body: list[bytes] = []
+        self._received = self._size = 0
+        self._begun = self._complete = self._lasting = False
+
+    @_errors(httpx.ReadTimeout, httpx.ReadError)
+    def begin(self) -> None:
+        """Read the head. Raises httpx's errors, as reading the body does."""
+        try:
+            while not self._begun:
+                self._read()
+            self._check_coding()
+        except BaseException:
+            self._parser = None  # which knows us: a cycle
+            raise
 
     def __iter__(self) -> Iterator[bytes]:
-        with _errors(httpx.ReadTimeout, httpx.ReadError):
-            while chunk := self._response.read(_READ):
-                yield chunk
-            if self._response.length:
-                raise http.client.IncompleteRead(b"", self._response.length)
+        while True:
+            pieces, self._body = self._body, []
+            yield from pieces
+            if self._complete:
+                return
+            with _errors(httpx.ReadTimeout, httpx.ReadError):
+                self._read()
 
     def close(self) -> None:
-        if self._response.isclosed() and not self._response.length and not self._response.will_close:
+        self._parser = None
+        if self._complete and self._lasting:
             self._transport.answered()
         else:
             self._transport.close()
-        self._response.close()
 
+    def _read(self) -> None:
+        assert self._parser is not None  # noqa: S101 - nobody reads on after `close`
+        data = self._connection.recv()
+        if not data:
+            self._end()
+            return
+        self._received += len(data)
+        try:
+            self._parser.feed_data(data)
+        except _MALFORMED:
+            # What comes after an answer is no part of it.
+            self._lasting = False
+            if not self._complete:
+                raise
+        if self._received > _BESIDE_BODY + _FRAMED * self._size:
+            raise ValueError("an answer with too much beside its body")
 
-@contextmanager
-def _errors(expired: type[httpx.TimeoutException], broken: type[httpx.NetworkError]) -> Iterator[None]:
-    """Raise httpx's errors for the standard library's."""
-    try:
-        yield
-    except TimeoutError as error:
-        raise expired(str(error)) from error
-    except (http.client.HTTPException, ValueError) as error:
-        raise httpx.RemoteProtocolError(f"{type(error).__name__}: {error}") from error
-    except OSError as error:
-        raise broken(str(error)) from error
+    def _check_coding(self) -> None:
+        codings = [value.lower() for name, value in self.headers if name.lower() == b"transfer-encoding"]
+        if codings and codings != [b"chunked"]:
+            raise ValueError("a transfer coding that was not asked for")
+
+    def _end(self) -> None:
+        """The connection has ended: so has the body, where nothing says how long it is."""
+        lengths = {b"content-length", b"transfer-encoding"}
+        if not self._begun or any(name.lower() in lengths for name, _ in self.headers):
+            raise ValueError("the connection was closed before the end of the answer")
+        self._complete = True
+
+    def on_message_begin(self) -> None:
+        self._lasting = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._begun:
+            self.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        assert self._parser is not None  # noqa: S101 - it calls
+        if self._begun:
+            return
+        self.status = self._parser.get_status_code()
+        if self.status < 200:
+            self.headers.clear()  # of an interim one
+        else:
+            self._begun, self._lasting = True, self._parser.should_keep_alive()
+
+    def on_body(self, piece: bytes) -> None:
+        if not self._complete:
+            self._body.append(piece)
+            self._size += len(piece)
+
+    def on_message_complete(self) -> None:
+        self._complete = self._begun

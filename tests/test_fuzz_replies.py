@@ -292,13 +292,12 @@ class Hostile:
         self._left = None
         return len(data)
 
-    def recv_into(self, buffer: memoryview) -> int:
+    def recv(self, most: int) -> bytes:
         if self._left is None:
             self._left = self.answer
-        size = min(len(buffer), self._chance.choice([1, 10, 100, 100_000, 100_000]))
+        size = min(most, self._chance.choice([1, 10, 100, 100_000, 100_000]))
         data, self._left = self._left[:size], self._left[size:]
-        buffer[: len(data)] = data
-        return len(data)
+        return data
 
     def fileno(self) -> int:
         return self._nothing

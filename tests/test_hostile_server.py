@@ -14,6 +14,7 @@ from contextlib import closing, contextmanager, suppress
 import pytest
 
 from outbox_relay.centrifugo import Centrifugo as Publisher
+from outbox_relay.endpoint import CUT
 from outbox_relay.event import Event, Outage, Refusal, Reply, boottime
 from tests.conftest import Connect, MakeRelay
 from tests.support.gateway import Exchange, Gateway
@@ -114,7 +115,7 @@ def test_a_message_that_postgresql_cannot_store_stops_nobody(
 
 
 def test_a_chunk_of_negative_size_does_not_fill_the_memory(gateway: Gateway) -> None:
-    """Python's HTTP would read on until the connection ends, and here it never does."""
+    """Who takes it for all that comes reads on until the connection ends, and here it never does."""
     sent = 0
 
     def endless(exchange: Exchange) -> None:
@@ -128,6 +129,99 @@ def test_a_chunk_of_negative_size_does_not_fill_the_memory(gateway: Gateway) -> 
     gateway.fault = endless
     with closing(Publisher(gateway.url, "key")) as publisher:
         assert isinstance(publisher.publish([EVENT], boottime() + 0.5), Outage)
+    assert sent < 20_000_000
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+IN_CHUNKS = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+WITH_LENGTH = HEAD + b"Content-Length: %d\r\n\r\n%b" % (len(ACCEPTED), ACCEPTED)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(b"HTTP/1.1 103 Early\r\nContent-Length: 5\r\n\r\n" * 3 + WITH_LENGTH, id="after interim answers"),
+        pytest.param(HEAD + b"\r\n" + ACCEPTED, id="until the connection ends"),
+        pytest.param(WITH_LENGTH.replace(b"1.1", b"1.0"), id="of an old server"),
+        pytest.param(IN_CHUNKS + b"%x\r\n%b\r\n0\r\n\r\n" % (len(ACCEPTED), ACCEPTED), id="in a chunk"),
+        pytest.param(
+            IN_CHUNKS + b"".join(b"1;why=not\r\n%c\r\n" % byte for byte in ACCEPTED) + b"0\r\nX: y\r\n\r\n",
+            id="byte by byte, with a trailer",
+        ),
+        pytest.param(WITH_LENGTH + b"\0 garbage", id="before garbage"),
+        pytest.param(WITH_LENGTH + WITH_LENGTH.replace(b"publish", b"nothing"), id="before another one"),
+    ],
+)
+def test_an_answer_that_http_allows(gateway: Gateway, answer: bytes) -> None:
+    """Read once, though it is not how Centrifugo writes it; the next request has an answer of its own."""
+
+    def write(exchange: Exchange) -> None:
+        exchange.write(answer)
+        if answer == HEAD + b"\r\n" + ACCEPTED:
+            exchange.hang_up()
+
+    with closing(Publisher(gateway.url, "key")) as publisher:
+        for _ in range(2):
+            gateway.fault = write
+            assert publisher.publish([EVENT]) == [Reply(())]
+            gateway.fault = lambda exchange: exchange.answer(200, REFUSED)
+            assert publisher.publish([EVENT]) == [Reply((Refusal("a", 107, "bad request"),))]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(WITH_LENGTH[:-1], id="cut short"),
+        pytest.param(IN_CHUNKS + b"%x\r\n%b\r\n" % (len(ACCEPTED), ACCEPTED), id="without its last chunk"),
+        pytest.param(HEAD + b"Transfer-Encoding: gzip\r\n\r\n" + ACCEPTED, id="compressed, it says"),
+        pytest.param(HEAD[:-2] + b"\r\n", id="cut in its head"),
+        pytest.param(b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n", id="upgrade"),
+        pytest.param(
+            HEAD + b"Content-Length: 1\r\nContent-Length: %d\r\n\r\n%b" % (len(ACCEPTED), ACCEPTED), id="two lengths"
+        ),
+        pytest.param(
+            IN_CHUNKS.replace(b"Transfer", b"Content-Length: 5\r\nTransfer")
+            + b"%x\r\n%b\r\n0\r\n\r\n" % (len(ACCEPTED), ACCEPTED),
+            id="a length and chunks",
+        ),
+    ],
+)
+def test_an_answer_that_may_be_another_one(gateway: Gateway, answer: bytes) -> None:
+    """Not whole, or to be read in two ways: nothing in it counts."""
+
+    def write_and_leave(exchange: Exchange) -> None:
+        exchange.write(answer)
+        exchange.hang_up()
+
+    gateway.fault = write_and_leave
+    with closing(Publisher(gateway.url, "key")) as publisher:
+        outage = publisher.publish([EVENT])
+    assert isinstance(outage, Outage)
+    assert outage.reason.startswith("RemoteProtocolError: ")
+    assert outage.verdict == CUT
+
+
+@pytest.mark.parametrize("head", [HEAD + b"X: ", HEAD, b"", IN_CHUNKS + b"0\r\nX: ", IN_CHUNKS + b"0\r\n"])
+@pytest.mark.parametrize(
+    "more", [b"x" * 1_000, b"X: y\r\n", b"HTTP/1.1 100 Continue\r\n\r\n", b"1;%b\r\nx\r\n" % (b"x" * 100)]
+)
+def test_an_answer_without_an_end_does_not_fill_the_memory(gateway: Gateway, head: bytes, more: bytes) -> None:
+    """A head, a trailer, interim answers, or chunks with much about them, for ever."""
+    sent = 0
+
+    def endless(exchange: Exchange) -> None:
+        nonlocal sent
+        exchange.write(head)
+        with suppress(OSError):
+            while True:
+                exchange.write(more * 64)
+                sent += len(more) * 64
+
+    gateway.fault = endless
+    with closing(Publisher(gateway.url, "key")) as publisher:
+        outage = publisher.publish([EVENT])
+    assert isinstance(outage, Outage)
+    assert "no answer within" not in outage.reason
     assert sent < 20_000_000
 
 
