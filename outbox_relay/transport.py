@@ -24,9 +24,7 @@ _WITH_HEAD: Final = 64 * 1024
 """A small request leaves in one piece with its head; of a large one it is not worth the copy."""
 _READ: Final = 64 * 1024
 _BESIDE_BODY: Final = 64 * 1024
-"""Bytes, at most, that an answer has beside its body and what frames it."""
-_FRAMED: Final = 8
-"""Bytes, at most, that bring one of the body: a chunk of one takes six."""
+"""Bytes, at most, that come without any of the body: a head, interim answers, a trailer."""
 _KEEP_ALIVE: Final = 10.0
 _MALFORMED: Final = (httptools.HttpParserError, httptools.HttpParserUpgrade)
 
@@ -117,10 +115,10 @@ def _errors(expired: type[httpx.TimeoutException], broken: type[httpx.NetworkErr
         yield
     except TimeoutError as error:
         raise expired(str(error)) from error
+    except OSError as error:  # before ValueError, which a bad certificate is, too
+        raise broken(str(error)) from error
     except (*_MALFORMED, ValueError) as error:
         raise httpx.RemoteProtocolError(f"{type(error).__name__}: {error}") from error
-    except OSError as error:
-        raise broken(str(error)) from error
 
 
 class _Socket:
@@ -163,7 +161,7 @@ class _Answer(httpx.SyncByteStream):
         self._transport = transport
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
         self._body: list[bytes] = []
-        self._received = self._size = 0
+        self._size = self._idle = 0
         self._begun = self._complete = self._lasting = False
 
     @_errors(httpx.ReadTimeout, httpx.ReadError)
@@ -180,7 +178,7 @@ class _Answer(httpx.SyncByteStream):
     def __iter__(self) -> Iterator[bytes]:
         while True:
             pieces, self._body = self._body, []
-            yield from pieces
+            yield b"".join(pieces)
             if self._complete:
                 return
             with _errors(httpx.ReadTimeout, httpx.ReadError):
@@ -199,7 +197,7 @@ class _Answer(httpx.SyncByteStream):
         if not data:
             self._end()
             return
-        self._received += len(data)
+        size = self._size
         try:
             self._parser.feed_data(data)
         except _MALFORMED:
@@ -207,11 +205,13 @@ class _Answer(httpx.SyncByteStream):
             self._lasting = False
             if not self._complete:
                 raise
-        if self._received > _BESIDE_BODY + _FRAMED * self._size:
+        if self._size == size:
+            self._idle += len(data)
+        if self._idle > _BESIDE_BODY:
             raise ValueError("an answer with too much beside its body")
 
     def _check_coding(self) -> None:
-        codings = [value.lower() for name, value in self.headers if name.lower() == b"transfer-encoding"]
+        codings = [value.strip().lower() for name, value in self.headers if name.lower() == b"transfer-encoding"]
         if codings and codings != [b"chunked"]:
             raise ValueError("a transfer coding that was not asked for")
 
@@ -234,15 +234,20 @@ class _Answer(httpx.SyncByteStream):
         if self._begun:
             return
         self.status = self._parser.get_status_code()
-        if self.status < 200:
-            self.headers.clear()  # of an interim one
-        else:
+        if self.status < 100:
+            raise ValueError("not a status")
+        if self.status >= 200:
             self._begun, self._lasting = True, self._parser.should_keep_alive()
 
     def on_body(self, piece: bytes) -> None:
+        if not self._begun:
+            raise ValueError("an interim answer with a body")
         if not self._complete:
             self._body.append(piece)
             self._size += len(piece)
 
     def on_message_complete(self) -> None:
-        self._complete = self._begun
+        if self._begun:
+            self._complete = True
+        else:
+            self.headers.clear()  # of an interim one

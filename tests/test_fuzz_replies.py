@@ -195,6 +195,12 @@ def as_http(chance: Chance, body: bytes, *, spoilt: bool) -> bytes:
         headers.append(b"Content-Length: %d" % (len(body) + chance.choice([0, 0, 0, -1, 1, 1000])))
     chance.shuffle(headers)
     interim = b"HTTP/1.1 103 Early\r\n\r\n" * chance.choice([0, 0, 0, 1, 100])
+    if chance.random() < 0.1:
+        interim = b"HTTP/1.1 %03d Early\r\nContent-Length: %d\r\n\r\n%b" % (
+            chance.choice([0, 99, 150]),
+            len(body),
+            body,
+        )
     version = chance.choice([b"HTTP/1.1", b"HTTP/1.1", b"HTTP/1.1", b"HTTP/1.0", b"HTTP/2.0", b"ICY"])
     head = b"%b %d %b" % (version, chance.choice(STATUSES), chance.choice([b"OK", b"", b"\xff" * 10]))
     tail = chance.choice([b"", b"", b"", b"HTTP/1.1 200 OK\r\n\r\n", body])

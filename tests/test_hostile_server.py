@@ -175,6 +175,13 @@ def test_an_answer_that_http_allows(gateway: Gateway, answer: bytes) -> None:
         pytest.param(IN_CHUNKS + b"%x\r\n%b\r\n" % (len(ACCEPTED), ACCEPTED), id="without its last chunk"),
         pytest.param(HEAD + b"Transfer-Encoding: gzip\r\n\r\n" + ACCEPTED, id="compressed, it says"),
         pytest.param(HEAD[:-2] + b"\r\n", id="cut in its head"),
+        pytest.param(
+            b"HTTP/1.1 150 Wait\r\nContent-Length: %d\r\n\r\n%b" % (len(ACCEPTED), ACCEPTED)
+            + HEAD
+            + b"Content-Length: 0\r\n\r\n",
+            id="in the body of an interim answer",
+        ),
+        pytest.param(b"HTTP/1.1 099 Wait\r\nContent-Length: 0\r\n\r\n" + WITH_LENGTH, id="after no status at all"),
         pytest.param(b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n", id="upgrade"),
         pytest.param(
             HEAD + b"Content-Length: 1\r\nContent-Length: %d\r\n\r\n%b" % (len(ACCEPTED), ACCEPTED), id="two lengths"
@@ -201,12 +208,15 @@ def test_an_answer_that_may_be_another_one(gateway: Gateway, answer: bytes) -> N
     assert outage.verdict == CUT
 
 
-@pytest.mark.parametrize("head", [HEAD + b"X: ", HEAD, b"", IN_CHUNKS + b"0\r\nX: ", IN_CHUNKS + b"0\r\n"])
+WAIT = b"HTTP/1.1 150 Wait\r\nContent-Length: 999999999999\r\n\r\n"
+
+
+@pytest.mark.parametrize("head", [HEAD + b"X: ", HEAD, b"", WAIT, IN_CHUNKS + b"0\r\nX: ", IN_CHUNKS + b"0\r\n"])
 @pytest.mark.parametrize(
     "more", [b"x" * 1_000, b"X: y\r\n", b"HTTP/1.1 100 Continue\r\n\r\n", b"1;%b\r\nx\r\n" % (b"x" * 100)]
 )
 def test_an_answer_without_an_end_does_not_fill_the_memory(gateway: Gateway, head: bytes, more: bytes) -> None:
-    """A head, a trailer, interim answers, or chunks with much about them, for ever."""
+    """A head, a trailer, interim answers or the body of one, or chunks with much about them, for ever."""
     sent = 0
 
     def endless(exchange: Exchange) -> None:
