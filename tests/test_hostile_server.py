@@ -174,6 +174,11 @@ def test_an_answer_that_http_allows(gateway: Gateway, answer: bytes) -> None:
         pytest.param(WITH_LENGTH[:-1], id="cut short"),
         pytest.param(IN_CHUNKS + b"%x\r\n%b\r\n" % (len(ACCEPTED), ACCEPTED), id="without its last chunk"),
         pytest.param(HEAD + b"Transfer-Encoding: gzip\r\n\r\n" + ACCEPTED, id="compressed, it says"),
+        pytest.param(
+            IN_CHUNKS.replace(b"Transfer", b"Transfer-Encoding: gzip\r\nTransfer")
+            + b"%x\r\n%b\r\n0\r\n\r\n" % (len(ACCEPTED), ACCEPTED),
+            id="compressed and in chunks",
+        ),
         pytest.param(HEAD[:-2] + b"\r\n", id="cut in its head"),
         pytest.param(
             b"HTTP/1.1 150 Wait\r\nContent-Length: %d\r\n\r\n%b" % (len(ACCEPTED), ACCEPTED)

@@ -44,6 +44,7 @@ TESTS: Final[dict[str, str]] = {
     "start_hint": "start_hint plans hazards_order",
     "centrifugo": "centrifugo wire hostile_server outcomes key_rotation bundles outages",
     "endpoint": "hostile_server centrifugo wire outages",
+    "transport": "transport hostile_server fuzz_replies outcomes collector tls",
     "session": "session lanes hazards_order start_hint wake_up hazards_database pgbouncer hazards_process",
     "store": "batches lanes conflation gaps holds hazards_order hazards_settling start_hint plans retention outcomes "
     "hazards_database poison",
@@ -54,8 +55,8 @@ TESTS: Final[dict[str, str]] = {
 }
 # Loaded once, then shared by all runs; nothing of the project's own.
 _LOADED_BEFORE: Final = (
-    "pytest hypothesis.stateful httpx orjson psycopg sqlalchemy.dialects.postgresql alembic.command structlog pydantic "
-    "websockets.sync.client playwright.sync_api prometheus_client typer rich.console"
+    "pytest hypothesis.stateful httpx httptools orjson psycopg sqlalchemy.dialects.postgresql alembic.command "
+    "structlog pydantic websockets.sync.client playwright.sync_api prometheus_client typer rich.console"
 )
 _PYTEST: Final = ("-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0")
 # What was loaded before is not rewritten, says pytest; it is not what fails.
