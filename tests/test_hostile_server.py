@@ -168,6 +168,14 @@ def test_an_answer_that_http_allows(gateway: Gateway, answer: bytes) -> None:
             assert publisher.publish([EVENT]) == [Reply((Refusal("a", 107, "bad request"),))]
 
 
+def test_what_an_interim_answer_says_is_not_of_the_final_one(gateway: Gateway) -> None:
+    gateway.fault = lambda exchange: exchange.write(
+        b"HTTP/1.1 103 Early\r\nRetry-After: 60\r\n\r\nHTTP/1.1 503 No\r\nContent-Length: 0\r\n\r\n"
+    )
+    with closing(Publisher(gateway.url, "key")) as publisher:
+        assert publisher.publish([EVENT]) == Outage("HTTP 503")
+
+
 @pytest.mark.parametrize(
     "answer",
     [
