@@ -182,7 +182,7 @@ class Centrifugo:
 def _read(response: httpx.Response, limit: int) -> bytes | None:
     chunks: list[bytes] = []
     size = 0
-    # As it came, for no encoding was asked for. Not `iter_raw`, which takes a tenth of a small request's time.
+    # As it came, for no encoding was asked for. Not `iter_raw`, which takes 12 µs more for a small one.
     assert isinstance(response.stream, httpx.SyncByteStream)  # noqa: S101 - of our transport
     for chunk in response.stream:
         size += len(chunk)
